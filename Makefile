@@ -1,0 +1,114 @@
+# Everything runs in .venv, which `make` creates and keeps up to date by itself.
+# `make help` lists the targets.
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ADAPTER ?= adapters/clinc150
+PYTEST_ARGS ?=
+
+# The first of these that runs and is a supported version; `make PYTHON=/path/to/python3.12` decides
+# otherwise. A name on the PATH is not enough: version managers leave shims that only print an error.
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3 python,\
+  $(shell $(name) -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $(name))))
+SUPPORTED = import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# The one exact version in constraints.txt that decides between a CPU and a CUDA build.
+TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
+
+SHELL := /bin/sh
+.SHELLFLAGS := -euc
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.PHONY: help serve install dev test lint format types clean
+
+help:  ## List the targets and the settings
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Settings: HOST=$(HOST) PORT=$(PORT) ADAPTER=$(ADAPTER) PYTHON=$(PYTHON)"
+	@echo "          PYTEST_ARGS='-k name' passes arguments on to pytest"
+
+serve: $(STAMPS)/install  ## Fetch the base model once and serve ADAPTER on HOST:PORT
+	@$(BIN)/python -m dalorra_core.base_models fetch
+	@exec $(BIN)/dalorra serve $(ADAPTER) --host $(HOST) --port $(PORT)
+
+install: $(STAMPS)/install  ## Install Dalorra into .venv
+
+dev: $(STAMPS)/dev  ## Install the test and lint tools too
+
+test: $(STAMPS)/test  ## Run the tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/dev  ## Check style, formatting and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --config pyproject.toml
+
+format: $(STAMPS)/dev  ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMPS)/dev  ## Check the types
+	@$(BIN)/basedpyright
+
+clean:  ## Remove .venv, builds and caches (the fetched base model stays in its cache)
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* htmlcov coverage.xml
+	rm -rf .pytest_cache .ruff_cache .hypothesis .grimp_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- .venv, in steps that a second run skips and an interrupted one repeats ---------------------
+
+# An environment that works is kept, whoever made it; a broken or half-made one is made anew.
+$(STAMPS)/venv:
+	@if ! $(BIN)/python -c '$(SUPPORTED)' 2>/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  if [ -z "$(PYTHON)" ]; then \
+	    echo "Dalorra needs Python 3.11 or 3.12, and neither was found on the PATH." >&2; \
+	    echo "Install one (with its venv module), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  $(PYTHON) -c '$(SUPPORTED)' || { \
+	    echo "$(PYTHON) is not Python 3.11 or 3.12 (PYTHON=... names another one)." >&2; exit 1; }; \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "Could not create $(VENV): is the venv module of $(PYTHON) installed?" >&2; exit 1; }; \
+	fi
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# torch goes first and alone: without a CUDA device its CPU build saves some gigabytes, but that
+# build carries a local version which only some package indexes have.
+$(STAMPS)/torch: constraints.txt $(STAMPS)/venv
+	@if $(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit(m.version("torch").split("+")[0] != "$(TORCH)")' 2>/dev/null; then \
+	  :; \
+	elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "Installing torch $(TORCH) for the CUDA device that was found"; \
+	  $(PIP_INSTALL) "torch==$(TORCH)"; \
+	else \
+	  echo "Installing torch $(TORCH), CPU build"; \
+	  $(PIP_INSTALL) "torch==$(TORCH)+cpu" || { \
+	    echo "The configured package indexes have no CPU build of torch $(TORCH) for this Python." >&2; \
+	    echo "Taking the default build instead; on Linux that is a download of some gigabytes." >&2; \
+	    echo "To avoid it, stop now, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheel index, run again." >&2; \
+	    $(PIP_INSTALL) "torch==$(TORCH)"; \
+	  }; \
+	fi
+	@touch $@
+
+$(STAMPS)/install: pyproject.toml constraints.txt $(STAMPS)/torch
+	@echo "Installing Dalorra and what it needs (a minute or two)"
+	@$(PIP_INSTALL) --quiet --editable .
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/install
+	@echo "Installing the test tools"
+	@$(PIP_INSTALL) --quiet --editable '.[test]'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/test
+	@echo "Installing the lint and type tools"
+	@$(PIP_INSTALL) --quiet --editable '.[dev]'
+	@touch $@

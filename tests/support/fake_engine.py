@@ -1,0 +1,219 @@
+"""A deterministic engine without a model, which can be told to raise, block, die or count wrong.
+
+Probabilities come from a hash of the text, the seed and the sample's number, so equal requests have
+equal answers whatever shares their batch. The words ``sure`` and ``lost`` give a confident answer
+and a flat one, so that tests can ask for each decision.
+"""
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from server.ports import (
+    AdapterCard,
+    BatchKey,
+    BatchScores,
+    ChoiceQuestion,
+    EncodedRow,
+    Policy,
+    Question,
+    RowRejectedError,
+    RowScores,
+    RowTooLongError,
+    Sampling,
+    Truncate,
+)
+
+__all__ = ["POLICY", "QUIZ", "TOPICS", "TOPICS_POINT", "FakeEngine", "LostError"]
+
+POLICY = Policy(
+    name="default",
+    min_confidence=0.8,
+    abstain_score="predictive_entropy",
+    abstain_threshold=1.0,
+    abstain_above=True,
+    target_selective_risk=0.05,
+    chosen_on={"split": "validation", "n": 3000, "n_out_of_scope": 100, "num_samples": 4},
+)
+TOPICS = AdapterCard(
+    name="topics",
+    revision="3f9a00112233",
+    kind="text",
+    labels=("billing", "fraud", "other"),
+    method="dalorra",
+    point_method=False,
+    base="tiny-base",
+    base_fingerprint="sha256:" + "0" * 64,
+    max_tokens=64,
+    defaults=Sampling(num_samples=4),
+    policies=(POLICY,),
+    prompt="intent",
+    prompt_sha256="1" * 64,
+    mask_set="ms_4_0",
+    selftest_max_abs_error=1e-7,
+)
+QUIZ = AdapterCard(
+    name="quiz",
+    revision="77aa00112233",
+    kind="choice",
+    labels=("A", "B", "C", "D", "E"),
+    method="dalorra",
+    point_method=False,
+    base="tiny-base",
+    base_fingerprint="sha256:" + "0" * 64,
+    max_tokens=64,
+    defaults=Sampling(num_samples=4),
+    mask_set="ms_4_0",
+)
+TOPICS_POINT = AdapterCard(
+    name="topics-mle",
+    revision="e3b000112233",
+    kind="text",
+    labels=("billing", "fraud", "other"),
+    method="mle",
+    point_method=True,
+    base="tiny-base",
+    base_fingerprint="sha256:" + "0" * 64,
+    max_tokens=64,
+    defaults=Sampling(num_samples=1),
+    policies=(POLICY,),
+)
+
+
+class LostError(BaseException):
+    """What a thread cannot survive."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    text: str
+    labels: tuple[str, ...]
+
+
+class FakeEngine:
+    """See ``server.ports.Engine``; the fields below steer it, ``batches`` tells what it ran.
+
+    Attributes:
+        gate: Cleared, it blocks the engine thread in ``run_batch`` until it is set again.
+        entered: Set while a batch is inside ``run_batch``.
+        fault: Called with the texts of each batch; may raise.
+        load_gate: Cleared, it blocks ``load``.
+        load_fault: Raised by ``load`` when set.
+        encode_gate: Cleared, it blocks ``encode``.
+        batches: The texts of every batch, in order, with failed ones.
+    """
+
+    def __init__(self, *cards: AdapterCard) -> None:
+        self.cards = {card.name: card for card in (cards or (TOPICS,))}
+        self.gate, self.load_gate, self.encode_gate = (threading.Event() for _ in range(3))
+        for gate in (self.gate, self.load_gate, self.encode_gate):
+            gate.set()
+        self.entered = threading.Event()
+        self.fault: Callable[[list[str]], None] = lambda _texts: None
+        self.load_fault: Exception | None = None
+        self.batches: list[list[str]] = []
+        self.closed = False
+
+    @property
+    def preferred_batch_tokens(self) -> int:
+        return 4096
+
+    def load(self) -> tuple[AdapterCard, ...]:
+        self.load_gate.wait(10)
+        if self.load_fault is not None:
+            raise self.load_fault
+        return tuple(self.cards.values())
+
+    def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
+        self.encode_gate.wait(10)
+        card = self.cards[adapter]
+        text, labels = _read(question, card)
+        words = text.split()
+        limit = card.max_tokens - 2  # as if the prompt around the text had two tokens
+        if len(words) > limit and truncate == "none":
+            raise RowTooLongError(len(words) + 2, card.max_tokens)
+        kept = words[-limit:] if truncate == "start" else words[:limit]
+        return EncodedRow(len(kept) + 2, len(kept) < len(words), _Words(" ".join(kept), labels))
+
+    def run_batch(self, key: BatchKey, rows: Sequence[EncodedRow]) -> BatchScores:
+        words = [_words(row) for row in rows]
+        texts = [word.text for word in words]
+        self.batches.append(texts)
+        self.entered.set()
+        self.gate.wait(10)
+        self.entered.clear()
+        self.fault(texts)
+        card = self.cards[key.adapter]
+        return BatchScores(
+            tuple(score(word.text, word.labels, key.sampling, card) for word in words), 0.002, 0.001
+        )
+
+    def mask_set(self, key: BatchKey) -> str | None:
+        if self.cards[key.adapter].point_method or key.sampling.estimator == "mean_mask":
+            return None
+        return f"ms_{key.sampling.num_samples}_{key.sampling.seed}"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def score(text: str, labels: tuple[str, ...], sampling: Sampling, card: AdapterCard) -> RowScores:
+    """Return made-up scores whose numbers fit together."""
+    samples = [_distribution(text, labels, sampling.seed, m) for m in range(sampling.passes)]
+    probs = [sum(column) / len(samples) for column in zip(*samples, strict=True)]
+    best = probs.index(max(probs))
+    entropy = _entropy(probs)
+    expected = sum(_entropy(sample) for sample in samples) / len(samples)
+    mean = probs[best]
+    variance = sum((sample[best] - mean) ** 2 for sample in samples) / len(samples)
+    single = card.point_method or sampling.estimator == "mean_mask"
+    return RowScores(
+        labels=labels,
+        probs=tuple(probs),
+        confidence=mean,
+        label_mass=0.9,
+        predictive_entropy=entropy,
+        normalized_entropy=entropy / math.log(len(labels)),
+        variation_ratio=sum(s.index(max(s)) != best for s in samples) / len(samples),
+        expected_entropy=None if single else expected,
+        mutual_information=None if single else max(entropy - expected, 0.0),
+        confidence_std=None if single else math.sqrt(variance),
+        samples=tuple(tuple(sample) for sample in samples),
+    )
+
+
+def _read(question: Question, card: AdapterCard) -> tuple[str, tuple[str, ...]]:
+    if not isinstance(question, ChoiceQuestion):
+        return question.text, card.labels
+    labels = tuple(option.label for option in question.choices)
+    if unknown := sorted(set(labels) - set(card.labels)):
+        raise RowRejectedError(f"the adapter has no label {unknown[0]!r}")
+    text = " ".join([question.question, *(option.text for option in question.choices)])
+    return f"{question.context or ''} {text}".strip(), labels
+
+
+def _words(row: EncodedRow) -> _Words:
+    assert isinstance(row.payload, _Words)
+    return row.payload
+
+
+def _distribution(text: str, labels: tuple[str, ...], seed: int, m: int) -> list[float]:
+    sharpness = 9.0 if "sure" in text else 0.1 if "lost" in text else 1.5
+    weights: list[float] = []
+    for label in labels:
+        own = _unit(f"{text}|{label}")
+        noise = _unit(f"{text}|{label}|{seed}|{m}") - 0.5
+        weights.append(math.exp(sharpness * own + 0.2 * noise * min(sharpness, 1.0)))
+    if "sure" in text:
+        weights[weights.index(max(weights))] *= 100.0
+    return [weight / sum(weights) for weight in weights]
+
+
+def _unit(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def _entropy(probs: Sequence[float]) -> float:
+    return -sum(p * math.log(p) for p in probs if p > 0)
