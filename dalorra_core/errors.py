@@ -1,0 +1,97 @@
+"""The errors Dalorra raises on purpose.
+
+Every message names the setting, file or field at fault, what is allowed, and the value that was
+found, so that a person can act on it without reading code::
+
+    DalorraError
+    ├── ConfigError                 a setting outside its domain
+    ├── DataError                   a data row that cannot be used (file, line, field)
+    ├── InputError                  one question that cannot be encoded (empty, unknown choice ...)
+    │   └── InputTooLongError       more tokens than the limit, and truncation was not allowed
+    ├── BaseModelError              the base model cannot be found, fetched, checked or adapted
+    └── ArtifactError               an adapter directory that cannot be trusted or used
+        ├── ArtifactMissingFileError
+        ├── ArtifactCorruptError    a file's sha256 differs from the manifest
+        ├── ArtifactVersionError    written by a newer format than this program reads
+        ├── ArtifactUnsafeError     pickle or another executable format
+        ├── BaseMismatchError       trained on another base model (both fingerprints are named)
+        └── GoldenProbeError        loads, but does not reproduce its stored probabilities
+"""
+
+__all__ = [
+    "ArtifactCorruptError",
+    "ArtifactError",
+    "ArtifactMissingFileError",
+    "ArtifactUnsafeError",
+    "ArtifactVersionError",
+    "BaseMismatchError",
+    "BaseModelError",
+    "ConfigError",
+    "DalorraError",
+    "DataError",
+    "GoldenProbeError",
+    "InputError",
+    "InputTooLongError",
+]
+
+
+class DalorraError(Exception):
+    """Base of every error raised on purpose; its text is meant for the user."""
+
+
+class ConfigError(DalorraError):
+    """A setting lies outside its domain."""
+
+
+class DataError(DalorraError):
+    """A data row cannot be used; the message names the file, the line and the field."""
+
+
+class InputError(DalorraError):
+    """One question cannot be turned into tokens."""
+
+
+class InputTooLongError(InputError):
+    """A question has more tokens than the limit and truncation was not allowed.
+
+    Attributes:
+        num_tokens: Tokens of the whole prompt.
+        max_tokens: The limit it broke.
+    """
+
+    def __init__(self, num_tokens: int, max_tokens: int) -> None:
+        super().__init__(f"the prompt has {num_tokens} tokens; the limit is {max_tokens}")
+        self.num_tokens = num_tokens
+        self.max_tokens = max_tokens
+
+
+class BaseModelError(DalorraError):
+    """The base model cannot be found, fetched, verified or adapted."""
+
+
+class ArtifactError(DalorraError):
+    """An adapter directory cannot be trusted or used."""
+
+
+class ArtifactMissingFileError(ArtifactError):
+    """A file that the manifest lists, or the manifest itself, is not there."""
+
+
+class ArtifactCorruptError(ArtifactError):
+    """A file's content differs from the sha256 in the manifest, or cannot be parsed."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """The artifact was written in a format version this program does not read."""
+
+
+class ArtifactUnsafeError(ArtifactError):
+    """The artifact holds a file type that can execute code when read."""
+
+
+class BaseMismatchError(ArtifactError):
+    """The adapter was trained on another base model than the one at hand."""
+
+
+class GoldenProbeError(ArtifactError):
+    """The adapter loads but does not reproduce the probabilities stored with it."""
