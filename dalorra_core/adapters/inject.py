@@ -1,0 +1,142 @@
+"""Put adapted layers into a Hugging Face causal LM. The only file that walks such a model."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dalorra_core.adapters.binding import Binding
+from dalorra_core.adapters.linear import AdaptedLinear
+from dalorra_core.errors import ConfigError
+
+__all__ = [
+    "LM_HEAD",
+    "TargetSpec",
+    "count_parameters",
+    "decoder_of",
+    "find_targets",
+    "inject",
+    "lm_head_of",
+    "num_layers_of",
+]
+
+LM_HEAD = "lm_head"
+"""Name of the output projection as an adapted module, whatever the model calls it."""
+
+_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """One module to adapt.
+
+    Attributes:
+        name: Its path in the model, or ``lm_head``.
+        d_in: Input features.
+        d_out: Output features; for ``lm_head`` the vocabulary size.
+        layer: Decoder layer number, None for ``lm_head``.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    layer: int | None
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a causal LM that ends in the last hidden states."""
+    decoder = model.base_model
+    if decoder is model or not isinstance(decoder, nn.Module):
+        raise ConfigError(f"{type(model).__name__} has no decoder apart from its output head")
+    return decoder
+
+
+def lm_head_of(model: Any) -> nn.Linear:
+    """Return the output projection of a causal LM."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear output projection (found {type(head).__name__})"
+        )
+    return head
+
+
+def num_layers_of(model: nn.Module) -> int:
+    """Return the number of decoder layers, counted from the module paths."""
+    matches = (_LAYER_NUMBER.search(f".{name}.") for name, _ in model.named_modules())
+    return max((int(m[1]) for m in matches if m), default=-1) + 1
+
+
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str], layers: tuple[int, int] | None = None
+) -> list[TargetSpec]:
+    """List the modules that ``target_modules`` names, in forward order, ``lm_head`` last.
+
+    Args:
+        model: A causal LM; weights may be on the meta device.
+        target_modules: Last components of module paths, such as ``q_proj``; ``lm_head`` names
+            the output projection.
+        layers: First and last decoder layer to adapt (both included, from 0); None for all.
+
+    Raises:
+        ConfigError: If a name matches no linear layer or the layer range is empty.
+    """
+    wanted = [t for t in target_modules if t != LM_HEAD]
+    total = num_layers_of(model)
+    first, last = layers if layers is not None else (0, total - 1)
+    if not 0 <= first <= last < total:
+        raise ConfigError(
+            f"adapter.layers must satisfy 0 <= first <= last <= {total - 1} for this base model, "
+            f"got {first}..{last}"
+        )
+    found = [s for s in _linear_layers(model) if s.name.rpartition(".")[2] in wanted]
+    matched = {s.name.rpartition(".")[2] for s in found}
+    if missing := sorted(set(wanted) - matched):
+        known = sorted({s.name.rpartition(".")[2] for s in _linear_layers(model)} | {LM_HEAD})
+        raise ConfigError(
+            f"adapter.target_modules names {', '.join(missing)}, which this base model does not "
+            f"have; it has {', '.join(known)}"
+        )
+    specs = [s for s in found if s.layer is not None and first <= s.layer <= last]
+    if LM_HEAD in target_modules:
+        head = lm_head_of(model)
+        specs.append(TargetSpec(LM_HEAD, head.in_features, head.out_features, None))
+    return specs
+
+
+def _linear_layers(model: nn.Module) -> Iterator[TargetSpec]:
+    for name, module in model.named_modules():
+        number = _LAYER_NUMBER.search(f".{name}.")
+        if number and isinstance(module, nn.Linear):
+            yield TargetSpec(name, module.in_features, module.out_features, int(number[1]))
+
+
+def inject(model: nn.Module, specs: Sequence[TargetSpec]) -> Binding:
+    """Replace every decoder module of ``specs`` by an adapted layer; changes ``model``.
+
+    ``lm_head`` is left alone: it is often tied to the input embedding, and only the label rows
+    of its adapter are ever used (predictive/label_head.py applies them).
+
+    Returns:
+        The binding through which packs are lent to the new layers.
+    """
+    binding = Binding()
+    for spec in specs:
+        if spec.name == LM_HEAD:
+            continue
+        parent_name, _, child = spec.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        base = getattr(parent, child)
+        setattr(parent, child, AdaptedLinear(base, spec.name, binding))
+    return binding
+
+
+def count_parameters(specs: Sequence[TargetSpec], r: int) -> int:
+    """Return the number of LoRA parameters: the sum over modules of r * (d_in + d_out).
+
+    ``lm_head`` counts all vocabulary rows, as published tables do, although classification
+    trains and stores its label rows only.
+    """
+    return sum(r * (s.d_in + s.d_out) for s in specs)

@@ -1,0 +1,132 @@
+"""The manifest of an adapter: everything but the tensors, as validated JSON."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from dalorra_core.config import MethodConfig, PredictiveConfig
+
+__all__ = [
+    "FORMAT_VERSION",
+    "BaseRef",
+    "ChosenOn",
+    "GoldenProbe",
+    "LabelsRef",
+    "Manifest",
+    "ModuleRef",
+    "Policy",
+    "PromptRef",
+    "manifest_digest",
+]
+
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseRef(_Part):
+    """Which base model the adapter belongs to; ``fingerprint`` decides, ``id`` helps to find it."""
+
+    id: str
+    fingerprint: str
+    tokenizer_sha256: str
+
+
+class ModuleRef(_Part):
+    """One adapted module; row l of a stacked tensor belongs to modules[l]."""
+
+    name: str
+    d_in: int
+    d_out: int
+    layer: int | None
+
+
+class LabelsRef(_Part):
+    """The label set in the order of every probability vector, and one token for each label."""
+
+    labels: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    out_of_scope_label: str | None = None
+
+
+class PromptRef(_Part):
+    """How a question becomes a prompt."""
+
+    kind: Literal["text", "choice"]
+    name: str
+    template: str
+    sha256: str
+    max_tokens: int = Field(ge=2)
+
+
+class ChosenOn(_Part):
+    """The held-out rows and the predictive a policy's thresholds were chosen with."""
+
+    split: str
+    n: int
+    n_out_of_scope: int
+    num_samples: int
+    seed: int
+    estimator: Literal["monte_carlo", "mean_mask"]
+    dtype: str
+    date: str
+    selective_risk: float | None
+    coverage: float
+
+
+class Policy(_Part):
+    """Thresholds that turn uncertainty into accept, review or abstain.
+
+    accept: confidence >= min_confidence and the abstain score is not past its threshold;
+    abstain: the abstain score is past its threshold; review: everything between.
+    ``target_selective_risk`` was met empirically on ``chosen_on``; ``guarantee`` stays null until
+    a certificate is made.
+    """
+
+    name: str
+    min_confidence: float
+    abstain_score: Literal["predictive_entropy", "confidence", "mutual_information", "label_mass"]
+    abstain_threshold: float
+    abstain_above: bool
+    target_selective_risk: float
+    chosen_on: ChosenOn
+    guarantee: None = None
+
+
+class GoldenProbe(_Part):
+    """A stored question and the probabilities the default predictive gave for it in float32."""
+
+    id: str
+    row: dict[str, JsonValue]
+    probs: tuple[float, ...]
+
+
+class Manifest(_Part):
+    """Everything about an adapter but its tensors."""
+
+    format_version: Literal[1] = 1
+    name: str
+    description: str = ""
+    method: MethodConfig
+    base: BaseRef
+    modules: tuple[ModuleRef, ...]
+    r: int
+    lora_alpha: float
+    labels: LabelsRef
+    prompt: PromptRef
+    predictive: PredictiveConfig
+    policies: tuple[Policy, ...] = ()
+    golden: tuple[GoldenProbe, ...] = ()
+    provenance: dict[str, JsonValue] = Field(default_factory=dict)
+    files: dict[str, str]
+
+
+def manifest_digest(values: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's canonical JSON, its own digest left out."""
+    body = {key: value for key, value in values.items() if key != "manifest_sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

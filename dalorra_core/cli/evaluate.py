@@ -1,0 +1,160 @@
+"""``dalorra evaluate``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import save_file
+
+from dalorra_core.cli.console import errors_as_exit, note, row_progress
+from dalorra_core.cli.options import (
+    AdapterArgument,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    EstimatorOption,
+    SamplesOption,
+    SeedOption,
+    plan_from,
+)
+from dalorra_core.data.collate import EncodedExample
+from dalorra_core.data.examples import gold_label
+from dalorra_core.data.readers import read_source
+from dalorra_core.errors import ConfigError, DataError
+from dalorra_core.predictive.predictor import Predictor
+from dalorra_core.predictive.scoring import Prediction
+from dalorra_core.training.decisions import decision_table
+from dalorra_core.training.evaluation import evaluate
+
+__all__ = ["evaluate_command"]
+
+
+def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
+    adapter: AdapterArgument,
+    data: Annotated[
+        str,
+        typer.Option("--data", "-d", help="Directory with <split>.jsonl, .jsonl file or hub:NAME."),
+    ],
+    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    num_samples: SamplesOption = None,
+    seed: SeedOption = None,
+    estimator: EstimatorOption = "monte_carlo",
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0 leaves them out.")
+    ] = 1000,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the report as JSON here.")
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write log-probabilities (M, n, C), labels and label mass as safetensors."
+        ),
+    ] = None,
+    base: BaseOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Score labelled rows with the predictive that the server would use.
+
+    Prints accuracy, NLL, ECE (15 bins, with the ECE that a perfectly calibrated model would show
+    on as many rows), Brier score, AURC and AUGRC over the in-scope rows; the AUROC with which
+    confidence, predictive entropy and mutual information find errors and out-of-scope rows; and
+    what the adapter's default policy decides. Intervals are 95 % bootstrap over rows: they know
+    nothing of training noise.
+
+    Rows with the adapter's out-of-scope label test rejection. Any other unknown label is an error.
+
+    **Examples**
+
+    `dalorra evaluate adapters/clinc150 --data data/clinc150 --output report.json`
+
+    `dalorra evaluate adapters/clinc150 --data data/clinc150 --estimator mean_mask`
+
+    Exit status: 0 done, 1 the adapter or the data cannot be used, 2 wrong usage.
+    """
+    with errors_as_exit():
+        predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
+        plan = plan_from(predictor, num_samples, seed, estimator)
+        rows = _rows(predictor, data, split)
+        with row_progress("scoring", len(rows)) as advance:
+            prediction = predictor.predict(rows, plan, on_progress=advance)
+        labels = torch.tensor([row.label for row in rows])
+        report = evaluate(
+            prediction.log_probs,
+            labels,
+            bootstrap_seed=0 if resamples else None,
+            num_resamples=resamples,
+        )
+        result: dict[str, Any] = {
+            "adapter": predictor.manifest.name,
+            "revision": predictor.revision,
+            "method": predictor.manifest.method.name,
+            "split": split,
+            "num_samples": predictor.num_functions(plan),
+            "seed": plan.seed,
+            "estimator": plan.estimator,
+            "mask_set": predictor.mask_set(plan),
+            "dtype": str(predictor.dtype).removeprefix("torch."),
+            **report.to_json(),
+            "policies": [
+                decision_table(prediction, labels, policy)
+                for policy in predictor.manifest.policies
+                if not (predictor.point_method and policy.abstain_score == "mutual_information")
+            ],
+        }
+        _show(result)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if scores is not None:
+            _save_scores(scores, prediction, labels)
+
+
+def _rows(predictor: Predictor, data: str, split: str) -> list[EncodedExample]:
+    outside = predictor.manifest.labels.out_of_scope_label
+    known = {*predictor.labels, outside}
+    examples = read_source(data, split)
+    for example in examples:
+        if gold_label(example) not in known:
+            raise DataError(
+                f"{data} split {split}, row {example.id!r}: field label: {gold_label(example)!r} "
+                f"is none of the adapter's {len(predictor.labels)} labels"
+                + (f" nor its out-of-scope label {outside!r}" if outside else "")
+            )
+    if not examples:
+        raise ConfigError(f"{data} split {split} has no rows")
+    return [predictor.encode(example, truncate="end") for example in examples]
+
+
+def _save_scores(path: Path, prediction: Prediction, labels: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"log_probs": prediction.log_probs.contiguous(), "labels": labels}
+    if prediction.label_mass is not None:
+        tensors["label_mass"] = prediction.label_mass
+    save_file(tensors, path)
+    note(f"wrote {path}")
+
+
+def _show(result: dict[str, Any]) -> None:
+    typer.echo(
+        f"{result['adapter']} ({result['method']}, revision {result['revision']}), split "
+        f"{result['split']}: {result['num_in_scope']} in scope, {result['num_out_of_scope']} out; "
+        f"{result['estimator']}, M = {result['num_samples']}, seed {result['seed']}"
+    )
+    floor, spread = result["ece_noise_floor"]
+    for name, estimate in result["metrics"].items():
+        line = f"  {name:<32} {estimate['value']:.4f}"
+        if estimate["low"] is not None:
+            line += f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]"
+        if name == "ece":
+            line += f"  (perfectly calibrated: {floor:.4f} +- {spread:.4f})"
+        typer.echo(line)
+    for policy in result["policies"]:
+        typer.echo(f"  policy {policy['policy']}:")
+        for name, value in policy.items():
+            if name != "policy":
+                shown = "undefined" if value is None else f"{value:.4f}"
+                typer.echo(f"    {name:<30} {shown}")

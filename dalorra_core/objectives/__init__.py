@@ -1,0 +1,3 @@
+"""Training objectives: the Bernoulli KL and the negative ELBO."""
+
+__all__: list[str] = []

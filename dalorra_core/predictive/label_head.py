@@ -1,0 +1,96 @@
+"""Logits of the label tokens only, from the last hidden state, in float32.
+
+No tensor of (tokens x vocabulary) is ever made: training and prediction need C rows of the output
+projection at one position. The full-vocabulary product over the last position alone serves the
+``label_mass`` diagnostic, which training never sees.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dalorra_core.adapters.inject import lm_head_of
+from dalorra_core.adapters.linear import low_rank_delta
+from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.errors import BaseModelError
+
+__all__ = ["LabelHead"]
+
+_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.15}
+"""Largest difference to the model's own logits, relative to their largest magnitude."""
+
+
+class LabelHead(nn.Module):
+    """The C label rows of a frozen output projection, plus the rows' own low-rank adapter."""
+
+    weight: Tensor
+    token_ids: Tensor
+
+    def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
+        super().__init__()
+        head = lm_head_of(model)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=head.weight.device)
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.register_buffer("weight", head.weight.detach()[ids].float(), persistent=False)
+        self.bias = None if head.bias is None else head.bias.detach()[ids].float()
+        self._vocabulary = [head]  # a list keeps the shared module out of this one's own tree
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    def forward(self, hidden: Tensor, pack: SamplePack | None) -> Tensor:
+        """Return label logits.
+
+        Args:
+            hidden: Last hidden states (M*B, d), row m*B + b, any float dtype.
+            pack: The pack bound in the trunk; its ``lm_head`` module is applied here.
+
+        Returns:
+            (M*B, C), float32.
+        """
+        h = hidden.float()
+        logits = nn.functional.linear(h, self.weight, self.bias)  # (M*B, C)
+        if pack is not None and "lm_head" in pack.modules:
+            module = pack.modules["lm_head"]
+            logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
+        return self._cap(logits)
+
+    def label_mass(self, hidden: Tensor, label_logits: Tensor) -> Tensor:
+        """Return the probability of the label tokens under the full vocabulary, per folded row.
+
+        Args:
+            hidden: Last hidden states (M*B, d).
+            label_logits: What ``forward`` gave for them, (M*B, C).
+
+        Returns:
+            (M*B,) in [0, 1].
+        """
+        head = self._vocabulary[0]
+        full = self._cap(head(hidden.to(head.weight.dtype)).float())  # (M*B, V)
+        full[:, self.token_ids] = label_logits  # the adapted rows take the place of the frozen ones
+        return (label_logits.logsumexp(-1) - full.logsumexp(-1)).exp()
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    @torch.no_grad()
+    def check_against(self, model: nn.Module, decoder: nn.Module) -> None:
+        """Refuse a model whose own logits this head does not reproduce.
+
+        Some families transform logits after the projection (scaling, capping). Comparing one
+        forward without any adapter finds every such case, known or not.
+
+        Raises:
+            BaseModelError: Naming the difference and its limit.
+        """
+        ids = torch.tensor([[1, 2, 3]], device=self.weight.device)
+        own = model(input_ids=ids, use_cache=False).logits[0, -1, self.token_ids].float()
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+        ours = self.forward(hidden, None)[0]
+        limit = _CHECK_TOLERANCE.get(hidden.dtype, 0.15) * float(own.abs().max().clamp_min(1.0))
+        difference = float((own - ours).abs().max())
+        if not difference <= limit:
+            raise BaseModelError(
+                f"{type(model).__name__} changes its logits after the output projection in a way "
+                f"this program does not know: label logits differ by {difference:.3g}, "
+                f"the limit is {limit:.3g}"
+            )

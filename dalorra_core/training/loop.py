@@ -1,0 +1,290 @@
+"""The training loop: accelerate underneath, exact resume, and a run directory to come back to.
+
+Nothing here draws a random number: batches come from (seed, epoch), gates from (seed, step), so the
+state of a run is its step count, its parameters and Adam's moments.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+from dalorra_core.adapters.state import AdapterState
+from dalorra_core.config import TrainConfig
+from dalorra_core.data.collate import EncodedExample, TokenBatch, collate, length_buckets
+from dalorra_core.errors import ConfigError, DalorraError
+from dalorra_core.methods.method import Draw
+from dalorra_core.predictive.scoring import padded_token_limit, score_rows
+from dalorra_core.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dalorra_core.training.evaluation import evaluate
+from dalorra_core.training.prepare import TrainingData
+from dalorra_core.training.progress import Progress
+from dalorra_core.training.step import StepLoss, TrainStep
+
+__all__ = ["TrainingResult", "micro_batches", "train"]
+
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run leaves behind.
+
+    Attributes:
+        state: The trained adapter, on the CPU.
+        steps: Optimiser steps.
+        seconds: Wall time of this process's part of the run.
+        resumed_at: Step it continued from, 0 for a fresh run.
+    """
+
+    state: AdapterState
+    steps: int
+    seconds: float
+    resumed_at: int
+
+
+def micro_batches(
+    lengths: Sequence[int], *, batch_size: int, seed: int, start: int, stride: int = 1
+) -> Iterator[list[int]]:
+    """Yield the row indices of batch ``start``, ``start + stride`` ... for ever.
+
+    Batch k of the endless sequence of epochs is the same whoever asks for it, so a resumed run
+    and every process of a distributed run find their place by arithmetic.
+    """
+    per_epoch = -(-len(lengths) // batch_size)
+    epoch, batches, k = -1, [], start
+    while True:
+        if k // per_epoch != epoch:
+            epoch = k // per_epoch
+            batches = length_buckets(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        yield batches[k % per_epoch]
+        k += stride
+
+
+def train(
+    module: TrainStep,
+    data: TrainingData,
+    config: TrainConfig,
+    run_dir: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> TrainingResult:
+    """Run the optimiser steps that remain and return the adapter.
+
+    Args:
+        module: Frozen label model with the adapter's initial parameters.
+        data: Encoded rows.
+        config: The run.
+        run_dir: Checkpoints, ``metrics.jsonl`` and logs go here.
+        accelerator: Device, precision and gradient accumulation.
+        resume: Continue from the newest checkpoint when there is one.
+
+    Raises:
+        ConfigError: If ``run_dir`` holds checkpoints and ``resume`` is False, or they belong to
+            another configuration.
+        DalorraError: If the loss stops being finite.
+    """
+    groups = module.method.param_groups(module.state, config.optim, config.method)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [module.params[name] for name in group.names],
+                "lr": group.lr,
+                "initial_lr": group.lr,  # the schedule asks for it when it starts in the middle
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        eps=config.optim.eps,
+        fused=True,
+    )
+    done = _restore(module, optimizer, config, run_dir, resume=resume)
+    warmup = int(config.optim.warmup_ratio * config.optim.steps)
+    schedule = get_linear_schedule_with_warmup(
+        optimizer, warmup, config.optim.steps, last_epoch=done - 1
+    )
+    wrapped, prepared = accelerator.prepare(module, optimizer)
+    run = _Run(module, wrapped, prepared, schedule, data, config, run_dir, accelerator)
+    started = time.monotonic()
+    with Progress(config.optim.steps, done, enabled=accelerator.is_main_process) as progress:
+        run.steps(done, progress)
+    params = {name: value.detach().cpu().clone() for name, value in module.params.items()}
+    state = AdapterState(module.state.specs, module.state.r, module.state.scaling, params)
+    return TrainingResult(state, config.optim.steps, time.monotonic() - started, done)
+
+
+def _restore(
+    module: TrainStep,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool,
+) -> int:
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    if newest is None:
+        return 0
+    if not resume:
+        raise ConfigError(
+            f"run directory {run_dir} already holds {newest.name}: pass --resume to continue it, "
+            "or another --run-dir to start anew"
+        )
+    checkpoint = load_checkpoint(newest, config.model_dump(mode="json"))
+    checkpoint.restore(optimizer, module.params)
+    return checkpoint.step
+
+
+class _Run:
+    """One process's loop; holds what every step needs."""
+
+    def __init__(  # noqa: PLR0913, PLR0917  a plain bundle of the loop's parts
+        self,
+        module: TrainStep,
+        wrapped: torch.nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        data: TrainingData,
+        config: TrainConfig,
+        run_dir: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.module, self.wrapped = module, wrapped
+        self.optimizer, self.schedule = optimizer, schedule
+        self.data, self.config, self.run_dir = data, config, run_dir
+        self.accelerator = accelerator
+        self.num_labels = len(data.label_set.labels)
+
+    def steps(self, done: int, progress: Progress) -> None:
+        optim, world = self.config.optim, self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        batches = micro_batches(
+            [len(row.token_ids) for row in self.data.train],
+            batch_size=optim.batch_size,
+            seed=self.config.run.seed,
+            start=done * optim.gradient_accumulation * world + rank,
+            stride=world,
+        )
+        for step in range(done, optim.steps):
+            tokens, loss = 0, None
+            for _ in range(optim.gradient_accumulation):
+                batch = self._batch(next(batches))
+                tokens += batch.num_tokens * world
+                loss = self._micro_step(batch, step)
+            progress.advance(tokens)
+            self._after_step(step + 1, cast("StepLoss", loss), progress)
+
+    def _batch(self, indices: list[int]) -> TokenBatch:
+        rows = [self.data.train[i] for i in indices]
+        return collate(rows, num_labels=self.num_labels).to(self.accelerator.device)
+
+    def _micro_step(self, batch: TokenBatch, step: int) -> StepLoss:
+        with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.autocast():
+                out: StepLoss = self.wrapped(batch, step)
+            self.accelerator.backward(out.loss)
+            self.optimizer.step()
+            if self.accelerator.sync_gradients:
+                self.schedule.step()
+            self.optimizer.zero_grad()
+        return out
+
+    def _after_step(self, step: int, loss: StepLoss, progress: Progress) -> None:
+        run, last = self.config.run, step == self.config.optim.steps
+        if step % _LOG_EVERY == 0 or last:
+            self._log(step, loss, progress)
+        if (step % run.checkpoint_every == 0 or last) and self.accelerator.is_main_process:
+            self._checkpoint(step)
+        if (step % run.eval_every == 0 or last) and self.data.validation:
+            self._evaluate(step, progress)
+
+    def _log(self, step: int, loss: StepLoss, progress: Progress) -> None:
+        values = {"loss": float(loss.loss.detach()), "nll": float(loss.nll)}
+        values |= {name: float(t.value.detach()) for name, t in loss.kl_terms.items()}
+        if not all(torch.isfinite(torch.tensor(list(values.values())))):
+            raise DalorraError(
+                f"step {step}: the loss is not finite ({values}). Lower optim.lr or "
+                "method.mask_lr; the last checkpoint is intact"
+            )
+        if "phi" in self.module.params:
+            values["keep_prob"] = float(self.module.params["phi"].detach().sigmoid().mean())
+        values["tokens_per_s"] = progress.tokens_per_second
+        progress.show(values)
+        self._record({"step": step, **values})
+        self.accelerator.log(values, step=step)
+
+    def _evaluate(self, step: int, progress: Progress) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        rows = _spread(self.data.validation, self.config.run.eval_rows)
+        values = {}
+        for estimator, log_probs in self._predictives(rows).items():
+            labels = torch.tensor([row.label for row in rows])
+            report = evaluate(log_probs, labels)
+            values |= {f"{estimator}/{k}": e.value for k, e in report.metrics.items()}
+        progress.note(f"step {step} validation ({len(rows)} rows): {_short(values)}")
+        self._record({"step": step, "validation": values})
+        self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=step)
+
+    def _predictives(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
+        method, predictive = self.module.method, self.config.predictive
+        packs = {"mean": method.mean_pack(self.module.state, self.config.method)}
+        if method.stochastic:
+            draw = Draw(("evaluation", predictive.seed), predictive.num_samples)
+            packs["mc"] = method.predict_pack(self.module.state, self.config.method, draw)
+        device = self.accelerator.device
+        return {
+            name: score_rows(
+                self.module.label_model,
+                pack.to(device, torch.float32),
+                rows,
+                num_labels=self.num_labels,
+                max_padded_tokens=padded_token_limit(device),
+            ).log_probs
+            for name, pack in packs.items()
+        }
+
+    def _checkpoint(self, step: int) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            Checkpoint(
+                step,
+                self.config.model_dump(mode="json"),
+                self.module.params,
+                Checkpoint.of_optimizer(optimizer, self.module.params),
+            ),
+        )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def _spread(rows: Sequence[EncodedExample], limit: int | None) -> list[EncodedExample]:
+    """Return at most ``limit`` rows, evenly spaced, so that every class of a sorted file is met."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def _short(values: dict[str, float]) -> str:
+    shown = [
+        k
+        for k in values
+        if k.split("/")[1] in ("accuracy", "nll", "ece", "auroc_oos_predictive_entropy")
+    ]
+    return ", ".join(f"{k} {values[k]:.4f}" for k in shown)

@@ -1,0 +1,301 @@
+"""One training run from configuration to artifact."""
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from pydantic import JsonValue
+
+from dalorra_core import __version__
+from dalorra_core.adapters.inject import TargetSpec, find_targets
+from dalorra_core.adapters.state import label_rows_only
+from dalorra_core.artifact.manifest import (
+    BaseRef,
+    ChosenOn,
+    GoldenProbe,
+    LabelsRef,
+    Manifest,
+    ModuleRef,
+    Policy,
+    PromptRef,
+)
+from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
+from dalorra_core.base_models.fingerprint import fingerprint
+from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from dalorra_core.base_models.resolve import resolve_base_model
+from dalorra_core.calibration.policy import choose_thresholds
+from dalorra_core.config import TrainConfig
+from dalorra_core.data.collate import EncodedExample
+from dalorra_core.data.examples import ChoiceExample, Example
+from dalorra_core.errors import ConfigError
+from dalorra_core.metrics.uncertainty import summarise
+from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.predictor import Predictor, tokenizer_sha256
+from dalorra_core.training.evaluation import evaluate
+from dalorra_core.training.loop import TrainingResult, train
+from dalorra_core.training.prepare import TrainingData, prepare_training_data
+from dalorra_core.training.step import TrainStep
+
+__all__ = ["TARGET_SELECTIVE_RISK", "run_training"]
+
+TARGET_SELECTIVE_RISK = 0.02
+"""Error rate among accepted rows that the default policy is chosen for."""
+
+_NUM_GOLDEN = 4
+
+
+@dataclass(frozen=True)
+class _Base:
+    directory: Path
+    tokenizer: Any
+
+
+def run_training(
+    config: TrainConfig,
+    output: Path,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Any = print,
+) -> Path:
+    """Train, evaluate on the held-out split, choose a policy and write the artifact.
+
+    Args:
+        config: The run.
+        output: Artifact directory to write.
+        run_dir: Checkpoints and logs; kept, so that a longer run can continue from it.
+        resume: Continue from the newest checkpoint of ``run_dir``.
+        overwrite: Replace an existing artifact at ``output``.
+        report: Called with lines for the user.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ConfigError, DataError, BaseModelError, ArtifactError: All that can be known is checked
+            before the first step.
+    """
+    if output.exists() and not overwrite:
+        raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
+    directory = resolve_base_model(config.base)
+    base = _Base(directory, load_tokenizer(directory))
+    data = prepare_training_data(config.data, base.tokenizer)
+    module, specs = _build(config, base, data)
+    report(_opening(config, data, module))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = _accelerator(config, run_dir)
+    result = train(module, data, config, run_dir, accelerator, resume=resume)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        manifest = _manifest(config, base, data, specs, result)
+        save_artifact(output, manifest, pack_tensors(result.state.params), overwrite=overwrite)
+        del module
+        _finish(output, config, base, data, report)
+    return output
+
+
+def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
+    device = pick_device(config.run.device)
+    bf16 = pick_dtype(config.run.precision, device) is torch.bfloat16
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        # On a CPU the frozen weights are loaded in bfloat16 and need no autocast.
+        mixed_precision="bf16" if bf16 and device.type == "cuda" else "no",
+        gradient_accumulation_steps=config.optim.gradient_accumulation,
+        log_with="tensorboard" if config.run.tensorboard else None,
+        project_dir=str(run_dir) if config.run.tensorboard else None,
+        step_scheduler_with_optimizer=False,
+    )
+    if config.run.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _build(
+    config: TrainConfig, base: _Base, data: TrainingData
+) -> tuple[TrainStep, tuple[TargetSpec, ...]]:
+    device = pick_device(config.run.device)
+    dtype = pick_dtype(config.run.precision, device)
+    model = load_model(base.directory, device, dtype, config.run.attention)
+    found = find_targets(model, config.adapter.target_modules, config.adapter.layers)
+    specs = label_rows_only(found, len(data.label_set.labels))
+    module = TrainStep(
+        LabelModel(model, specs, data.label_set),
+        specs,
+        config.adapter,
+        config.method,
+        num_examples=len(data.train),
+        seed=config.run.seed,
+    ).to(device)
+    return module, specs
+
+
+def _opening(config: TrainConfig, data: TrainingData, module: TrainStep) -> str:
+    trainable = sum(p.numel() for p in module.params.values())
+    tokens = sum(len(r.token_ids) for r in data.train)
+    epochs = (
+        config.optim.steps * config.optim.batch_size * config.optim.gradient_accumulation
+    ) / len(data.train)
+    return (
+        f"{config.method.name} on {config.base}: {len(data.train)} rows ({tokens} tokens), "
+        f"{len(data.label_set.labels)} labels, {len(module.state.specs)} adapted modules, "
+        f"{trainable} trained parameters, {config.optim.steps} steps = {epochs:.1f} epochs"
+    )
+
+
+def _manifest(
+    config: TrainConfig,
+    base: _Base,
+    data: TrainingData,
+    specs: tuple[TargetSpec, ...],
+    result: TrainingResult,
+) -> Manifest:
+    return Manifest(
+        name=config.name,
+        method=config.method,
+        base=BaseRef(
+            id=Path(config.base).name if Path(config.base).is_dir() else config.base,
+            fingerprint=fingerprint(base.directory),
+            tokenizer_sha256=tokenizer_sha256(base.directory),
+        ),
+        modules=tuple(
+            ModuleRef(name=s.name, d_in=s.d_in, d_out=s.d_out, layer=s.layer) for s in specs
+        ),
+        r=config.adapter.r,
+        lora_alpha=config.adapter.lora_alpha,
+        labels=LabelsRef(
+            labels=data.label_set.labels,
+            token_ids=data.label_set.token_ids,
+            out_of_scope_label=config.data.out_of_scope_label,
+        ),
+        prompt=PromptRef(
+            kind=data.template.kind,
+            name=data.template.name,
+            template=data.template.template,
+            sha256=data.template.sha256,
+            max_tokens=config.data.max_tokens,
+        ),
+        predictive=config.predictive,
+        provenance=_provenance(config, data, result),
+        files={},
+    )
+
+
+def _provenance(
+    config: TrainConfig, data: TrainingData, result: TrainingResult
+) -> dict[str, JsonValue]:
+    settings = config.model_dump(mode="json")
+    settings["data"]["source"] = Path(config.data.source).name  # a name, not a place on a disk
+    settings["base"] = Path(config.base).name if Path(config.base).is_dir() else config.base
+    return {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dalorra": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": pick_device(config.run.device).type,
+        "config": settings,
+        "data": {
+            "train": _rows_digest(data.train),
+            "validation": _rows_digest(data.validation),
+        },
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "resumed_at": result.resumed_at,
+    }
+
+
+def _rows_digest(rows: list[EncodedExample]) -> dict[str, JsonValue]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.id, row.token_ids, row.label, row.allowed)).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def _finish(
+    output: Path,
+    config: TrainConfig,
+    base: _Base,
+    data: TrainingData,
+    report: Any,
+) -> None:
+    """Answer the held-out rows as the server would, then store policy and golden probes."""
+    predictor = Predictor.load(
+        output, base=str(base.directory), device=config.run.device, verify_golden=False
+    )
+    manifest, artifact = predictor.manifest, load_artifact(output)
+    provenance = dict(manifest.provenance)
+    policies: tuple[Policy, ...] = ()
+    if data.validation:
+        report(f"answering {len(data.validation)} held-out rows with the stored adapter")
+        log_probs = predictor.predict(data.validation, label_mass=False).log_probs
+        labels = torch.tensor([row.label for row in data.validation])
+        metrics = evaluate(log_probs, labels).metrics
+        provenance["validation"] = {name: e.value for name, e in metrics.items()}
+        policies = (default_policy(predictor, log_probs, labels, config.data.validation_split),)
+        report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
+    golden = _golden_probes(predictor, data.examples)
+    updated = manifest.model_copy(
+        update={"policies": policies, "golden": golden, "provenance": provenance}
+    )
+    save_artifact(output, updated, pack_tensors(artifact.tensors), overwrite=True)
+
+
+def default_policy(
+    predictor: Predictor, log_probs: torch.Tensor, labels: torch.Tensor, split: str | None
+) -> Policy:
+    """Return the policy ``default`` chosen on these held-out answers."""
+    plan = predictor.default_plan
+    chosen = choose_thresholds(summarise(log_probs), labels, TARGET_SELECTIVE_RISK)
+    return Policy(
+        name="default",
+        min_confidence=chosen.min_confidence,
+        abstain_score="predictive_entropy",
+        abstain_threshold=chosen.abstain_threshold,
+        abstain_above=True,
+        target_selective_risk=TARGET_SELECTIVE_RISK,
+        chosen_on=ChosenOn(
+            split=split or "",
+            n=len(labels),
+            n_out_of_scope=int((labels < 0).sum()),
+            num_samples=predictor.num_functions(plan),
+            seed=plan.seed,
+            estimator="mean_mask" if predictor.point_method else plan.estimator,
+            dtype=str(predictor.dtype).removeprefix("torch."),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            selective_risk=chosen.selective_risk,
+            coverage=chosen.coverage,
+        ),
+    )
+
+
+def _golden_probes(predictor: Predictor, examples: list[Example]) -> tuple[GoldenProbe, ...]:
+    """Store the default predictive's answers to a few training questions, spread over the file."""
+    step = max(1, len(examples) // _NUM_GOLDEN)
+    probes = []
+    for example in examples[::step][:_NUM_GOLDEN]:
+        row = predictor.encode(example, truncate="end")
+        probs = predictor.predict([row], label_mass=False).log_probs.double().exp().mean(0)[0]
+        probes.append(
+            GoldenProbe(
+                id=example.id,
+                row=_row_json(example),
+                probs=tuple(round(float(p), 7) for p in probs),
+            )
+        )
+    return tuple(probes)
+
+
+def _row_json(example: Example) -> dict[str, JsonValue]:
+    if isinstance(example, ChoiceExample):
+        return {
+            "question": example.question,
+            "context": example.context,
+            "choices": [{"label": c.label, "text": c.text} for c in example.choices],
+        }
+    return {"text": example.text}
