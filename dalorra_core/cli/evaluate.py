@@ -23,12 +23,22 @@ from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import gold_label
 from dalorra_core.data.readers import read_source
 from dalorra_core.errors import ConfigError, DataError
+from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.training.decisions import decision_table
 from dalorra_core.training.evaluation import evaluate
 
 __all__ = ["evaluate_command"]
+
+_SCORES = (
+    "confidence",
+    "confidence_std",
+    "predictive_entropy",
+    "expected_entropy",
+    "mutual_information",
+    "variation_ratio",
+)
 
 
 def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
@@ -49,9 +59,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     ] = None,
     scores: Annotated[
         Path | None,
-        typer.Option(
-            help="Write log-probabilities (M, n, C), labels and label mass as safetensors."
-        ),
+        typer.Option(help="Write each row's label, mean probabilities and scores as safetensors."),
     ] = None,
     base: BaseOption = None,
     device: DeviceOption = "auto",
@@ -131,10 +139,16 @@ def _rows(predictor: Predictor, data: str, split: str) -> list[EncodedExample]:
 
 def _save_scores(path: Path, prediction: Prediction, labels: torch.Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"log_probs": prediction.log_probs.contiguous(), "labels": labels}
+    summary = summarise(prediction.log_probs)
+    tensors = {
+        "labels": labels.to(torch.int16),
+        "predicted": summary.predicted.to(torch.int16),
+        "mean_probs": summary.mean_probs.half(),  # the statistics below are from full precision
+        **{name: getattr(summary, name).float() for name in _SCORES},
+    }
     if prediction.label_mass is not None:
         tensors["label_mass"] = prediction.label_mass
-    save_file(tensors, path)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     note(f"wrote {path}")
 
 
