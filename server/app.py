@@ -1,0 +1,147 @@
+"""The app: parts put together, routes mounted, every error in one form."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from server import __version__
+from server.batching import Admission, AdmissionLimits
+from server.errors import ApiError, problem_response
+from server.lifecycle import EngineFactory, Lifecycle
+from server.middleware import Envelope, request_id_of
+from server.registry import AdapterRegistry
+from server.routes import classify, health, models
+from server.schemas import ClassifyRequest, Problem
+from server.service import Service, service_of
+from server.settings import Settings
+from server.telemetry import Telemetry
+
+__all__ = ["create_app"]
+
+_DESCRIPTION = (
+    "Classification and multiple choice with a language model that says how far its answer can be "
+    "trusted. Every answer carries probabilities, uncertainty in nats and a decision: `accept`, "
+    "`review` or `abstain`. Abstaining is a 200."
+)
+
+
+def create_app(factory: EngineFactory, settings: Settings | None = None) -> FastAPI:
+    """Return the app; the engine is made and loaded when the app starts, in a thread.
+
+    Args:
+        factory: Makes the engine; called once, in the loading thread, so it may import torch.
+        settings: The environment's, if left out.
+    """
+    settings = settings or Settings()
+    service = _make_service(factory, settings)
+    app = FastAPI(
+        title="Dalorra",
+        version=__version__,
+        description=_DESCRIPTION,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url="/docs" if settings.docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(Envelope, telemetry=service.telemetry, error_base=settings.error_base)
+    for router in (classify.router, models.router, health.router):
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.openapi = lambda: _openapi(app)
+    return app
+
+
+def _make_service(factory: EngineFactory, settings: Settings) -> Service:
+    telemetry = Telemetry(git_sha=settings.git_sha)
+    registry = AdapterRegistry()
+    limits = AdmissionLimits(
+        max_requests=settings.max_requests,
+        max_rows=settings.max_queued_rows,
+        max_tokens=settings.max_queued_tokens,
+    )
+    admission = Admission(limits)
+    return Service(
+        settings=settings,
+        telemetry=telemetry,
+        registry=registry,
+        admission=admission,
+        lifecycle=Lifecycle(factory, settings, registry, admission, telemetry),
+        encoders=ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="dalorra-encode"),
+    )
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    service.lifecycle.start()
+    try:
+        yield
+    finally:
+        await service.lifecycle.stop()
+        service.encoders.shutdown(wait=False, cancel_futures=True)
+
+
+def _problem(request: Request, error: ApiError) -> Response:
+    return problem_response(
+        error,
+        instance=request.url.path,
+        request_id=request_id_of(request),
+        type_base=service_of(request).settings.error_base,
+    )
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)  # noqa: S101 - registered for this type
+    return _problem(request, error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Turn the router's own errors into problems: unknown routes and methods."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
+    headers = dict(error.headers or {})
+    if error.status_code == 404:  # noqa: PLR2004
+        found = ApiError("not_found", f"there is no route {request.url.path[:200]}")
+    elif error.status_code == 405:  # noqa: PLR2004
+        allowed = headers.get("Allow") or headers.get("allow") or "another"
+        detail = f"{request.method} is not allowed here; allowed: {allowed}"
+        found = ApiError("method_not_allowed", detail, headers=headers)
+    else:
+        detail = str(error.detail)
+        found = ApiError("http_error", detail, headers=headers, status=error.status_code)
+    return _problem(request, found)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    """Turn FastAPI's own validation (path parameters) into a problem."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
+    details = "; ".join(fault["msg"] for fault in error.errors())
+    return _problem(request, ApiError("invalid_request", details))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document; adds the schemas that routes read by hand."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+        _, extra = models_json_schema(
+            [(ClassifyRequest, "validation"), (Problem, "serialization")],
+            ref_template="#/components/schemas/{model}",
+        )
+        document["components"]["schemas"] |= extra["$defs"]
+        app.openapi_schema = document
+    return app.openapi_schema

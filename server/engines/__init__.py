@@ -1,0 +1,3 @@
+"""Engines: the only place in the server that imports torch."""
+
+__all__: list[str] = []

@@ -1,0 +1,118 @@
+"""From the server's values to the bodies of answers: no decisions, no HTTP."""
+
+from server.ports import AdapterCard, Policy, RowScores, Sampling
+from server.schemas import ClassifyRequest, ModelCard
+from server.schemas.responses import (
+    AbstainRule,
+    Limits,
+    PolicyCard,
+    Row,
+    SamplingCard,
+    Thresholds,
+    TopLabel,
+    Uncertainty,
+)
+from server.service import Outcome
+from server.settings import Settings
+
+__all__ = ["model_card", "policy_card", "present_rows", "sampling_card"]
+
+
+def present_rows(request: ClassifyRequest, outcome: Outcome) -> list[Row]:
+    """Return the answered rows, in the order of the input."""
+    answered = zip(outcome.answer.rows, outcome.rows, outcome.verdicts, request.ids(), strict=True)
+    return [
+        Row(
+            index=index,
+            id=row_id,
+            label=scores.label,
+            labels=list(scores.labels),
+            probs=list(scores.probs),
+            num_classes=len(scores.labels),
+            confidence=scores.confidence,
+            label_mass=scores.label_mass,
+            uncertainty=_uncertainty(scores),
+            decision=verdict.decision,
+            reasons=list(verdict.reasons),
+            calibrated=outcome.calibrated,
+            truncated=row.truncated,
+            top=_top(scores, request.top_k),
+            samples=[list(sample) for sample in scores.samples]
+            if "samples" in request.include
+            else None,
+        )
+        for index, (scores, row, verdict, row_id) in enumerate(answered)
+    ]
+
+
+def policy_card(policy: Policy) -> PolicyCard:
+    """Return a policy as clients see it."""
+    abstain = AbstainRule(
+        score=policy.abstain_score,
+        threshold=policy.abstain_threshold,
+        above=policy.abstain_above,
+    )
+    return PolicyCard(
+        name=policy.name,
+        thresholds=Thresholds(confidence=policy.min_confidence, abstain=abstain),
+        target_selective_risk=policy.target_selective_risk,
+        chosen_on=dict(policy.chosen_on),
+    )
+
+
+def sampling_card(sampling: Sampling, card: AdapterCard, mask_set: str | None) -> SamplingCard:
+    """Return what was sampled; a single function has no seed."""
+    single = card.point_method or sampling.estimator == "mean_mask"
+    return SamplingCard(
+        num_samples=sampling.passes,
+        seed=None if single else sampling.seed,
+        mask_set=mask_set,
+        estimator=sampling.estimator,
+        design=sampling.design,
+    )
+
+
+def model_card(card: AdapterCard, settings: Settings, created: int) -> ModelCard:
+    """Return an adapter as clients see it: nothing about the host it runs on."""
+    return ModelCard(
+        id=card.name,
+        created=created,
+        parent=card.base,
+        parent_fingerprint=card.base_fingerprint,
+        revision=card.revision,
+        kind=card.kind,
+        method=card.method,
+        labels=list(card.labels),
+        num_classes=len(card.labels),
+        prompt=card.prompt,
+        prompt_sha256=card.prompt_sha256,
+        sampling=sampling_card(card.defaults, card, card.mask_set),
+        policies=[policy_card(policy) for policy in card.policies],
+        limits=Limits(
+            max_rows=settings.max_rows,
+            max_text_chars=settings.max_text_chars,
+            max_tokens=card.max_tokens,
+            max_num_samples=1 if card.point_method else settings.max_num_samples,
+            max_body_bytes=settings.max_body_bytes,
+        ),
+        selftest_max_abs_error=card.selftest_max_abs_error,
+    )
+
+
+def _uncertainty(scores: RowScores) -> Uncertainty:
+    return Uncertainty(
+        predictive_entropy=scores.predictive_entropy,
+        expected_entropy=scores.expected_entropy,
+        mutual_information=scores.mutual_information,
+        normalized_entropy=scores.normalized_entropy,
+        variation_ratio=scores.variation_ratio,
+        confidence_std=scores.confidence_std,
+    )
+
+
+def _top(scores: RowScores, top_k: int | None) -> list[TopLabel] | None:
+    if top_k is None:
+        return None
+    # a stable sort: equal probabilities keep the order of the labels
+    ranked = sorted(zip(scores.labels, scores.probs, strict=True), key=lambda pair: -pair[1])
+    return [TopLabel(label=label, prob=prob) for label, prob in ranked[:top_k]]

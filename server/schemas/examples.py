@@ -1,0 +1,60 @@
+"""Requests shown in the OpenAPI document; a test sends every one of them."""
+
+__all__ = ["CLASSIFY_EXAMPLES"]
+
+CLASSIFY_EXAMPLES: dict[str, dict[str, object]] = {
+    "one_text": {
+        "summary": "One text",
+        "value": {"input": "transfer 100 dollars from checking to savings"},
+    },
+    "several_texts": {
+        "summary": "Several texts, three best labels each",
+        "value": {"input": ["my card was charged twice", "what's the weather"], "top_k": 3},
+    },
+    "ids": {
+        "summary": "Texts with ids, cut at the end when too long",
+        "value": {
+            "input": [{"id": "ticket-1", "text": "I lost my card"}],
+            "truncate": "end",
+            "metadata": {"tenant": "acme"},
+        },
+    },
+    "samples": {
+        "summary": "Four posterior samples, shown one by one",
+        "value": {
+            "input": "book a table for two",
+            "num_samples": 4,
+            "seed": 1,
+            "include": ["samples", "timings"],
+        },
+    },
+    "mean_mask": {
+        "summary": "One deterministic pass, without epistemic scores",
+        "value": {"input": "book a table for two", "estimator": "mean_mask"},
+    },
+    "question": {
+        "summary": "Multiple choice (needs a multiple-choice adapter)",
+        "value": {
+            "input": {
+                "question": "Which of these is a mammal?",
+                "choices": ["trout", "whale", "lizard"],
+            }
+        },
+    },
+    "questions": {
+        "summary": "Questions with a context and labels of their own (likewise)",
+        "value": {
+            "input": [
+                {
+                    "id": "q1",
+                    "question": "is the sky blue",
+                    "context": "On a clear day the sky looks blue.",
+                    "choices": [
+                        {"label": "A", "text": "yes"},
+                        {"label": "B", "text": "no"},
+                    ],
+                }
+            ]
+        },
+    },
+}

@@ -1,0 +1,257 @@
+"""The body of ``POST /v1/classify``. Unknown fields are errors; nothing is silently ignored."""
+
+import re
+import string
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from server.ports import ChoiceOption, ChoiceQuestion, Question, TextQuestion
+
+__all__ = [
+    "ClassifyRequest",
+    "PolicyChoice",
+    "QuestionItem",
+    "TextItem",
+    "field_names",
+    "is_union_tag",
+]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_CHOICES = len(string.ascii_uppercase)
+# Tags name the branches of a union; "<" cannot begin a field name, so pointers can leave them out
+_STRING, _TEXT, _QUESTION, _LIST, _LABELLED = "<string>", "<text>", "<question>", "<list>", "<obj>"
+
+
+def _clean(text: str) -> str:
+    if "\x00" in text:
+        raise PydanticCustomError("nul_character", "must not contain a NUL character")
+    if _SURROGATE.search(text):
+        raise PydanticCustomError("lone_surrogate", "must not contain a lone surrogate")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("empty_text", "must not be empty or only white space")
+    return _clean(text)
+
+
+Clean = Annotated[StrictStr, AfterValidator(_clean)]
+Text = Annotated[StrictStr, AfterValidator(_not_blank)]
+Name = Annotated[StrictStr, AfterValidator(_not_blank), Field(max_length=128)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextItem(_Strict):
+    """A text with the client's own id, which is sent back."""
+
+    id: Name | None = None
+    text: Text
+
+
+class ChoiceItem(_Strict):
+    """One possible answer with its own label."""
+
+    label: Name
+    text: Text
+
+
+def _choice_kind(value: object) -> str:
+    return _LABELLED if isinstance(value, dict | ChoiceItem) else _STRING
+
+
+Choice = Annotated[
+    Annotated[Text, Tag(_STRING)] | Annotated[ChoiceItem, Tag(_LABELLED)],
+    Discriminator(_choice_kind),
+]
+
+
+class QuestionItem(_Strict):
+    """A question with 2 to 26 answers; answers given as strings get the letters A, B, C ..."""
+
+    id: Name | None = None
+    question: Text
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=MAX_CHOICES)]
+    context: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Self:
+        labels = [choice.label for choice in self.choices if isinstance(choice, ChoiceItem)]
+        if labels and len(labels) != len(self.choices):
+            raise PydanticCustomError(
+                "mixed_forms", "choices must be all strings or all objects with label and text"
+            )
+        if len(set(labels)) != len(labels):
+            raise PydanticCustomError("duplicate_label", "two choices have the same label")
+        return self
+
+    def options(self) -> tuple[ChoiceOption, ...]:
+        """Return the choices with their labels, in the client's order."""
+        return tuple(
+            ChoiceOption(choice.label, choice.text)
+            if isinstance(choice, ChoiceItem)
+            else ChoiceOption(letter, choice)
+            for letter, choice in zip(string.ascii_uppercase, self.choices, strict=False)
+        )
+
+
+def _item_kind(value: object) -> str:
+    if isinstance(value, QuestionItem):
+        return _QUESTION
+    if isinstance(value, dict):
+        return _QUESTION if "question" in value or "choices" in value else _TEXT
+    return _TEXT if isinstance(value, TextItem) else _STRING
+
+
+def _input_kind(value: object) -> str:
+    return _LIST if isinstance(value, list) else _item_kind(value)
+
+
+Item = Annotated[
+    Annotated[Text, Tag(_STRING)]
+    | Annotated[TextItem, Tag(_TEXT)]
+    | Annotated[QuestionItem, Tag(_QUESTION)],
+    Discriminator(_item_kind),
+]
+Input = Annotated[
+    Annotated[Text, Tag(_STRING)]
+    | Annotated[TextItem, Tag(_TEXT)]
+    | Annotated[QuestionItem, Tag(_QUESTION)]
+    | Annotated[list[Item], Field(min_length=1), Tag(_LIST)],
+    Discriminator(_input_kind),
+]
+MetadataValue = (
+    Annotated[Clean, Field(max_length=512)] | StrictBool | StrictInt | FiniteFloat | None
+)
+Metadata = Annotated[
+    dict[Annotated[Clean, Field(min_length=1, max_length=64)], MetadataValue],
+    Field(max_length=16),
+]
+
+
+class PolicyChoice(_Strict):
+    """Which of the adapter's policies decides."""
+
+    name: Name
+
+
+class ClassifyRequest(_Strict):
+    """One or more texts to classify, or questions to answer, with one adapter."""
+
+    model: Name | None = Field(
+        default=None,
+        description="Adapter, as `name` or `name:revision`. May be left out when one is loaded.",
+    )
+    input: Input = Field(
+        description=(
+            "For a text adapter: a string, a list of strings, or a list of `{id, text}`. For a "
+            "multiple-choice adapter: `{question, choices, context}` or a list of them; choices "
+            "are strings (labelled A, B, ...) or `{label, text}`. A list holds one form only."
+        )
+    )
+    num_samples: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None,
+        description=(
+            "M, the posterior samples that are averaged; the adapter's own number if left out. "
+            "Only 1 with `mean_mask` and for methods that do not sample."
+        ),
+    )
+    estimator: Literal["monte_carlo", "mean_mask"] | None = Field(
+        default=None,
+        description=(
+            "`monte_carlo` averages M sampled functions. `mean_mask` is one deterministic pass: "
+            "cheaper, and without epistemic scores."
+        ),
+    )
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = Field(
+        default=None,
+        description="Picks the set of posterior samples. Same seed and revision, same answer.",
+    )
+    policy: PolicyChoice | None = Field(
+        default=None, description="Decision rule; the adapter's first policy if left out."
+    )
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None,
+        description=(
+            "Add `top`: the so many most probable labels, best first (all of them when there are "
+            "fewer). `labels` and `probs` stay complete."
+        ),
+    )
+    include: list[Literal["samples", "timings"]] = Field(
+        default=[],
+        max_length=2,
+        description="`samples`: the M distributions of each row. `timings`: seconds per stage.",
+    )
+    truncate: Literal["none", "start", "end"] = Field(
+        default="none",
+        description=(
+            "What to do with a text that is too long: refuse it (422), or cut its start or its "
+            "end. A row that was cut says so and is never accepted."
+        ),
+    )
+    metadata: Metadata | None = Field(
+        default=None, description="Up to 16 plain values of the client's own, sent back as given."
+    )
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> Self:
+        if len({type(item) for item in self.items}) > 1:
+            raise PydanticCustomError("mixed_forms", "input must not mix different forms")
+        return self
+
+    @property
+    def items(self) -> list[str | TextItem | QuestionItem]:
+        """The rows, one or more."""
+        return list(self.input) if isinstance(self.input, list) else [self.input]
+
+    def questions(self) -> list[Question]:
+        """Return the rows as the engine's values."""
+        return [_question(item) for item in self.items]
+
+    def ids(self) -> list[str | None]:
+        """Return the client's id of each row; None where it gave none."""
+        return [None if isinstance(item, str) else item.id for item in self.items]
+
+    def pointer(self, index: int) -> str:
+        """Return the JSON pointer to a row."""
+        return f"#/input/{index}" if isinstance(self.input, list) else "#/input"
+
+
+def _question(item: str | TextItem | QuestionItem) -> Question:
+    if isinstance(item, QuestionItem):
+        return ChoiceQuestion(item.question, item.options(), item.context)
+    return TextQuestion(item.text if isinstance(item, TextItem) else item)
+
+
+def is_union_tag(part: object) -> bool:
+    """Whether a part of a validation error's location names a branch and no field."""
+    return part in (_STRING, _TEXT, _QUESTION, _LIST, _LABELLED)
+
+
+def field_names(location: tuple[Any, ...]) -> list[str]:
+    """Return the fields allowed beside the one at this location (for close names)."""
+    tags: dict[object, type[BaseModel]] = {
+        _TEXT: TextItem,
+        _QUESTION: QuestionItem,
+        _LABELLED: ChoiceItem,
+        "policy": PolicyChoice,
+    }
+    known = [tags[part] for part in location[:-1] if part in tags]
+    return list((known[-1] if known else ClassifyRequest).model_fields)

@@ -1,0 +1,100 @@
+"""Every setting of the server, from the environment (``DALORRA_``) or the command line."""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["Settings", "unknown_environment"]
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. Environment: ``DALORRA_`` and the field's name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix="DALORRA_", extra="forbid", frozen=True)
+
+    # the model
+    adapter: Path | None = Field(default=None, description="Adapter directory to serve.")
+    base: str | None = Field(
+        default=None,
+        description="Base model: a directory, hub id or built-in alias; the manifest's if unset.",
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of the base model's weights and activations."
+    )
+    deterministic: bool = Field(
+        default=False, description="Run every row alone, so that answers are equal bit for bit."
+    )
+
+    # the socket and the process
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    drain_seconds: float = Field(
+        default=5.0, ge=0, le=600, description="Keep serving so long after SIGTERM, not ready."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="debug, info, warning or error."
+    )
+    docs: bool = Field(default=True, description="Serve /docs and /openapi.json.")
+    git_sha: str = Field(default="unknown", description="Commit shown in dalorra_build_info.")
+    error_base: str = Field(
+        default="urn:dalorra:error:",
+        description="Prefix of the type of every error; set it to where you publish docs/api.md.",
+    )
+
+    # one request
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="Bytes of one body.")
+    max_rows: int = Field(default=64, ge=1, description="Rows of one request.")
+    max_text_chars: int = Field(default=65_536, ge=1, description="Characters of one row.")
+    max_num_samples: int = Field(default=64, ge=1, description="Posterior samples of one answer.")
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="Deadline of a request that names none, in seconds."
+    )
+    max_request_timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest deadline that X-Request-Timeout-Ms may ask for."
+    )
+
+    # all requests together
+    max_requests: int = Field(default=256, ge=1, description="Requests inside at a time.")
+    max_queued_rows: int = Field(default=512, ge=1, description="Rows inside at a time.")
+    max_queued_tokens: int = Field(
+        default=262_144, ge=1, description="Padded tokens times samples inside at a time."
+    )
+    max_batch_rows: int = Field(default=32, ge=1, description="Rows of one batch.")
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Padded tokens times samples of one batch; the engine's own choice if unset.",
+    )
+    batch_wait_ms: float = Field(
+        default=4.0, ge=0, le=1000, description="How long an idle engine waits for company."
+    )
+    stall_s: float = Field(
+        default=120.0, gt=0, description="A batch running longer makes the server not ready."
+    )
+    encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.request_timeout_s > self.max_request_timeout_s:
+            raise ValueError(
+                f"request_timeout_s ({self.request_timeout_s}) must not exceed "
+                f"max_request_timeout_s ({self.max_request_timeout_s})"
+            )
+        if self.max_rows > self.max_queued_rows:
+            raise ValueError(
+                f"max_rows ({self.max_rows}) must not exceed max_queued_rows "
+                f"({self.max_queued_rows}), or the largest allowed request could never enter"
+            )
+        return self
+
+
+def unknown_environment() -> list[str]:
+    """Return the ``DALORRA_`` variables that no setting reads: most likely misspelt."""
+    known = {f"DALORRA_{name.upper()}" for name in Settings.model_fields} | {"DALORRA_CACHE"}
+    return sorted(
+        name for name in os.environ if name.startswith("DALORRA_") and name.upper() not in known
+    )

@@ -1,0 +1,108 @@
+import pytest
+
+from server.batching import Admission, AdmissionLimits, QueueFullError
+
+
+def make(requests: int = 2, rows: int = 10, tokens: int = 100, cap_s: int = 60) -> Admission:
+    return Admission(AdmissionLimits(requests, rows, tokens, cap_s))
+
+
+def inside(admission: Admission) -> tuple[int, int, int]:
+    return admission.num_requests, admission.num_rows, admission.num_tokens
+
+
+def test_leaving_gives_everything_back() -> None:
+    admission = make()
+    with admission.enter() as permit:
+        permit.reserve_rows(3)
+        permit.reserve_tokens(40)
+        assert inside(admission) == (1, 3, 40)
+    assert inside(admission) == (0, 0, 0)
+
+
+def test_an_error_inside_gives_everything_back() -> None:
+    admission = make()
+
+    def fail_inside() -> None:
+        with admission.enter() as permit:
+            permit.reserve_rows(3)
+            permit.reserve_tokens(1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert inside(admission) == (0, 0, 0)
+
+
+def test_requests_beyond_the_limit_are_refused() -> None:
+    admission = make(requests=1)
+    with admission.enter(), pytest.raises(QueueFullError, match="at most 1 requests") as caught:
+        admission.enter()
+    assert (caught.value.resource, caught.value.limit) == ("requests", 1)
+    with admission.enter():
+        assert admission.num_requests == 1
+
+
+def test_rows_beyond_the_limit_are_refused_and_not_counted() -> None:
+    admission = make(rows=10)
+    with admission.enter() as first, admission.enter() as second:
+        first.reserve_rows(8)
+        with pytest.raises(QueueFullError, match="rows"):
+            second.reserve_rows(3)
+        assert admission.num_rows == 8
+        second.reserve_rows(2)
+    assert inside(admission) == (0, 0, 0)
+
+
+def test_tokens_beyond_the_limit_are_refused_and_not_counted() -> None:
+    admission = make(tokens=100)
+    with admission.enter() as first, admission.enter() as second:
+        first.reserve_tokens(60)
+        with pytest.raises(QueueFullError, match="tokens"):
+            second.reserve_tokens(41)
+        second.reserve_tokens(40)
+    assert inside(admission) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("resource", ["rows", "tokens"])
+def test_a_full_queue_refuses_before_anything_is_spent(resource: str) -> None:
+    admission = make(rows=10, tokens=100)
+    with admission.enter() as permit:
+        if resource == "rows":
+            permit.reserve_rows(10)
+        else:
+            permit.reserve_tokens(100)
+        with pytest.raises(QueueFullError) as caught:
+            admission.enter()
+    assert caught.value.resource == resource
+
+
+def test_a_request_larger_than_the_queue_may_enter_an_empty_server() -> None:
+    admission = make(rows=10, tokens=100)
+    with admission.enter() as permit:
+        permit.reserve_rows(50)
+        permit.reserve_tokens(5000)
+        assert inside(admission) == (1, 50, 5000)
+
+
+def test_retry_after_is_the_time_the_work_inside_takes() -> None:
+    admission = make(tokens=10_000)
+    assert admission.retry_after_s() == 1
+    admission.observe_speed(1000, 10.0)  # 100 tokens a second
+    with admission.enter() as permit:
+        assert admission.retry_after_s() == 1
+        permit.reserve_tokens(950)
+        assert admission.retry_after_s() == 10
+
+
+def test_retry_after_follows_the_speed_and_is_capped() -> None:
+    admission = make(tokens=10_000, cap_s=20)
+    admission.observe_speed(400, 1.0)
+    admission.observe_speed(0, 1.0)
+    with admission.enter() as permit:
+        permit.reserve_tokens(3000)
+        assert admission.retry_after_s() == 10  # 0.75 * 400 tokens a second
+        admission.observe_speed(0, 0.0)
+        admission.observe_speed(0, 1.0)
+        admission.observe_speed(0, 1.0)
+        admission.observe_speed(0, 1.0)
+        assert admission.retry_after_s() == 20

@@ -1,0 +1,116 @@
+import pytest
+
+from server.batching import BatchLimits, BatchPlan, Pending, Ticket, plan_batch, release
+from server.ports import BatchKey, EncodedRow, Estimator, Sampling
+
+LIMITS = BatchLimits(max_rows=4, max_tokens=100, max_padding=0.5, wait_s=0.5)
+
+
+def row(
+    tokens: int,
+    *,
+    adapter: str = "a",
+    samples: int = 1,
+    estimator: Estimator = "monte_carlo",
+    queued_s: float = 0.0,
+    deadline_s: float = 100.0,
+) -> Pending:
+    key = BatchKey(adapter, Sampling(num_samples=samples, estimator=estimator))
+    ticket = Ticket(key, (EncodedRow(tokens, False, None),), deadline_s=deadline_s)
+    return Pending(ticket, 0, queued_s)
+
+
+def plan(*waiting: Pending, now_s: float = 1.0, limits: BatchLimits = LIMITS) -> BatchPlan:
+    return plan_batch(waiting, limits, now_s=now_s, is_cancelled=lambda p: p.ticket.settled)
+
+
+def test_nothing_waiting_plans_nothing() -> None:
+    assert plan() == BatchPlan((), (), (), (), full=False)
+
+
+def test_rows_run_in_order_of_arrival() -> None:
+    rows = [row(10), row(11), row(12)]
+    assert plan(*rows).rows == tuple(rows)
+
+
+def test_the_row_limit_ends_the_batch() -> None:
+    rows = [row(5) for _ in range(6)]
+    result = plan(*rows)
+    assert (result.rows, result.remaining, result.full) == (tuple(rows[:4]), tuple(rows[4:]), True)
+
+
+def test_padding_counts_against_the_budget() -> None:
+    rows = [row(20), row(20), row(40)]  # 3 * 40 is too much, though the real tokens are 80
+    result = plan(*rows)
+    assert (result.rows, result.remaining, result.full) == (tuple(rows[:2]), (rows[2],), True)
+
+
+def test_samples_multiply_the_cost() -> None:
+    assert len(plan(*[row(20, samples=2) for _ in range(4)]).rows) == 2
+
+
+def test_one_deterministic_pass_costs_one_whatever_the_samples() -> None:
+    rows = [row(20, samples=50, estimator="mean_mask") for _ in range(4)]
+    assert len(plan(*rows).rows) == 4
+
+
+def test_nobody_overtakes_a_row_that_was_too_much() -> None:
+    rows = [row(40), row(40), row(60), row(1)]
+    assert plan(*rows).remaining == (rows[2], rows[3])
+
+
+def test_an_oversized_row_runs_alone() -> None:
+    big, small = row(5000), row(5)
+    result = plan(big, small)
+    assert (result.rows, result.remaining, result.full) == ((big,), (small,), True)
+
+
+def test_rows_of_another_key_keep_their_place() -> None:
+    a1, b1, a2, b2 = row(5), row(5, adapter="b"), row(5), row(5, samples=3)
+    result = plan(a1, b1, a2, b2)
+    assert (result.rows, result.remaining) == ((a1, a2), (b1, b2))
+
+
+def test_a_row_of_very_different_length_waits_for_the_next_batch() -> None:
+    first, second, long, similar = row(5), row(5), row(24), row(6)
+    result = plan(first, second, long, similar)
+    assert result.rows == (first, second, similar)
+    assert (result.remaining, result.full) == ((long,), False)
+
+
+def test_a_few_tokens_of_padding_never_count() -> None:
+    assert len(plan(row(1), row(3)).rows) == 2
+
+
+def test_expired_and_cancelled_rows_are_taken_out() -> None:
+    gone, late, live = row(5), row(5, deadline_s=1.0), row(5)
+    gone.ticket.future.cancel()
+    result = plan(gone, late, live)
+    assert (result.rows, result.expired, result.dropped) == ((live,), (late,), (gone,))
+
+
+def test_a_full_batch_is_known_before_the_next_row_comes() -> None:
+    assert plan(row(30), row(30), row(30)).full
+    assert not plan(row(30), row(30)).full
+
+
+@pytest.mark.parametrize(
+    ("rows", "now_s", "stopping", "expected"),
+    [
+        ([], 1.0, False, (None, None)),
+        ([], 1.0, True, (None, None)),
+        ([row(5, queued_s=1.0)], 1.0, True, ("drain", None)),
+        ([row(5, queued_s=1.0) for _ in range(4)], 1.0, False, ("full", None)),
+        ([row(5, queued_s=1.0)], 1.5, False, ("timeout", None)),
+        ([row(5, queued_s=1.0, deadline_s=1.4)], 1.25, False, ("deadline", None)),
+        ([row(5, queued_s=1.0)], 1.25, False, (None, 0.25)),
+    ],
+)
+def test_release(
+    rows: list[Pending],
+    now_s: float,
+    stopping: bool,
+    expected: tuple[str | None, float | None],
+) -> None:
+    result = release(plan(*rows, now_s=now_s), LIMITS, now_s=now_s, stopping=stopping)
+    assert tuple(result) == expected
