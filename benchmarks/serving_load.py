@@ -11,7 +11,6 @@ the Monte-Carlo predictive alternate in blocks within one run; their ratio is of
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 import torch
+from hardware import describe_hardware
 
 
 async def client(
@@ -83,7 +83,7 @@ async def main() -> None:
                 blocks.setdefault(key, []).append(found)
                 sys.stderr.write(f"{repeat + 1}/{options.repeats} {key}: {found}\n")
     report: dict[str, Any] = {
-        "hardware": f"{torch.get_num_threads()} threads, {_processor()}",
+        "hardware": describe_hardware(),
         "torch": torch.__version__,
         "seconds_per_block": options.seconds,
         "medians": {
@@ -101,13 +101,6 @@ async def main() -> None:
     sys.stdout.write(text + "\n")
     if options.output is not None:
         options.output.write_text(text + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class AdapterConfig(_Settings):
@@ -153,7 +153,10 @@ class RunConfig(_Settings):
     """Seeds, precision, checkpoints and logs of one run."""
 
     seed: int = Field(
-        default=1, ge=0, description="Fixes initial factors, data order and training gates."
+        default=1,
+        ge=0,
+        lt=2**64,
+        description="Fixes initial factors, data order and training gates.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA when there is one."
@@ -212,7 +215,11 @@ class TrainConfig(_Settings):
     @field_validator("method", mode="before")
     @classmethod
     def _method_by_name(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value:
+            return {"name": "dalorra", **value}  # as when there is no group ``method`` at all
+        return value
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:

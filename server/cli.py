@@ -181,7 +181,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when the model could not be loaded or the port
     is taken, 2 for a wrong option.
 
-    Try:
+    **Examples**
 
     - `dalorra serve adapters/clinc150`
 

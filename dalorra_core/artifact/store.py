@@ -106,17 +106,34 @@ def save_artifact(
     scratch = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    for name, content in ((ADAPTER_FILE, adapter), (MANIFEST_FILE, text.encode())):
-        with (scratch / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    try:
+        for name, content in ((ADAPTER_FILE, adapter), (MANIFEST_FILE, _manifest_bytes(values))):
+            with (scratch / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _move_into_place(scratch, directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into_place(scratch: Path, directory: Path) -> None:
+    """Rename ``scratch`` to ``directory``; what was there comes back when that fails."""
     old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     if directory.exists():
         directory.replace(old)
-    scratch.replace(directory)
+    try:
+        scratch.replace(directory)
+    except OSError:
+        if old.exists():
+            old.replace(directory)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest_bytes(values: Mapping[str, Any]) -> bytes:
+    """Return the one way a manifest is written; any other byte is a change."""
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def load_artifact(directory: Path) -> Artifact:
@@ -162,9 +179,10 @@ def _read(directory: Path, name: str) -> bytes:
 
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
+    content = _read(directory, MANIFEST_FILE)
     try:
-        values: Any = json.loads(_read(directory, MANIFEST_FILE))
-    except ValueError as error:
+        values: Any = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ArtifactCorruptError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or "format_version" not in values:
         raise ArtifactCorruptError(f"{path} is not a manifest: it has no format_version")
@@ -178,6 +196,10 @@ def _read_manifest(directory: Path) -> Manifest:
     if digest != found:
         raise ArtifactCorruptError(
             f"{path} was changed: its content has sha256 {found}, it says {digest}"
+        )
+    if content != _manifest_bytes({**values, "manifest_sha256": digest}):
+        raise ArtifactCorruptError(
+            f"{path} was changed: it says the same, but not byte for byte as it was written"
         )
     try:
         return Manifest.model_validate(values)

@@ -49,12 +49,18 @@ def load_model(
 ) -> nn.Module:
     """Return the causal LM of ``directory``, frozen and in evaluation mode.
 
+    ``sdpa`` falls back to ``eager`` for a family that cannot use it.
+
     Raises:
         BaseModelError: If the directory holds no causal LM that transformers can read.
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention, local_files_only=True
+            directory,
+            dtype=dtype,
+            # None is sdpa wherever the family allows it; Gemma 2, which caps scores, does not.
+            attn_implementation=None if attention == "sdpa" else attention,
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"cannot load a causal LM from {directory}: {error}") from error

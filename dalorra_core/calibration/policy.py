@@ -12,10 +12,13 @@ from torch import Tensor
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import UncertaintySummary
 
-__all__ = ["NOTHING_ACCEPTED", "Thresholds", "choose_thresholds"]
+__all__ = ["NOTHING_ACCEPTED", "NOTHING_ANSWERED", "Thresholds", "choose_thresholds"]
 
 NOTHING_ACCEPTED = 2.0
 """``min_confidence`` when no threshold meets the target: above every possible confidence."""
+
+NOTHING_ANSWERED = -1.0
+"""``abstain_threshold`` when refusing every row is best: below every possible entropy."""
 
 _ABSTAIN_WITHOUT_OOS = 0.99
 """Without out-of-scope rows, abstain past this quantile of the held-out entropies."""
@@ -27,7 +30,8 @@ class Thresholds:
 
     Attributes:
         min_confidence: Accept from here on; ``NOTHING_ACCEPTED`` when the target cannot be met.
-        abstain_threshold: Abstain where the predictive entropy, in nats, is above it.
+        abstain_threshold: Abstain where the predictive entropy, in nats, is above it;
+            ``NOTHING_ANSWERED`` when every row is best refused.
         selective_risk: Errors among the accepted held-out rows; None when none are accepted.
         coverage: Accepted share of the held-out rows.
     """
@@ -83,8 +87,15 @@ def _abstain_threshold(entropy: Tensor, correct: Tensor, outside: Tensor) -> flo
     values, order = entropy.double().sort()
     if not bool(outside.any()):
         return float(values.quantile(_ABSTAIN_WITHOUT_OOS))
-    answered = correct[order].double().cumsum(0)  # right answers when the k surest are answered
-    refused = outside[order].double().sum() - outside[order].double().cumsum(0)
-    best = int((answered + refused).argmax())
-    upper = values[best + 1] if best + 1 < len(values) else values[best]
-    return float((values[best] + upper) / 2)  # midway, so that rounding decides nothing
+    # Entry k answers the k surest rows: right answers among them, out-of-scope rows refused after.
+    start = torch.zeros(1, dtype=torch.float64)
+    answered = torch.cat([start, correct[order].double().cumsum(0)])  # (n + 1,)
+    refused = outside.double().sum() - torch.cat([start, outside[order].double().cumsum(0)])
+    # A threshold cannot part rows of equal entropy.
+    possible = torch.ones(len(values) + 1, dtype=torch.bool)
+    possible[1:-1] = values[:-1] < values[1:]
+    best = int((answered + refused).masked_fill(~possible, -1.0).argmax())
+    if best == 0:
+        return NOTHING_ANSWERED
+    upper = values[best] if best < len(values) else values[best - 1]
+    return float((values[best - 1] + upper) / 2)  # midway, so that rounding decides nothing

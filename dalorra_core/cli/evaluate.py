@@ -160,7 +160,8 @@ def _show(result: dict[str, Any]) -> None:
     )
     floor, spread = result["ece_noise_floor"]
     for name, estimate in result["metrics"].items():
-        line = f"  {name:<32} {estimate['value']:.4f}"
+        value = estimate["value"]
+        line = f"  {name:<32} {'undefined' if value is None else f'{value:.4f}'}"
         if estimate["low"] is not None:
             line += f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]"
         if name == "ece":

@@ -126,7 +126,7 @@ class Predictor:
         self._tokenizer = tokenizer
         self._limit = max_padded_tokens or padded_token_limit(device)
         self.dtype: torch.dtype = next(model.parameters()).dtype
-        self._model = LabelModel(model, self._state.specs, self._label_set)
+        self.model = LabelModel(model, self._state.specs, self._label_set)
         self._packs: dict[SamplingPlan, SamplePack] = {}
         self._lock = threading.Lock()
 
@@ -269,7 +269,7 @@ class Predictor:
         pack = self.pack(plan if plan is not None else self.default_plan)
         parts = [
             score_rows(
-                self._model,
+                self.model,
                 pack,
                 part,
                 num_labels=len(self.labels),
@@ -290,7 +290,8 @@ class Predictor:
         """Return the largest difference to the stored probabilities; 0 when none are stored."""
         worst = 0.0
         for probe in self.manifest.golden:
-            row = self.encode(parse_row({"id": probe.id, **probe.row}, require_labels=False))
+            example = parse_row({"id": probe.id, **probe.row}, require_labels=False)
+            row = self.encode(example, truncate="end")  # as when the probe was stored
             probs = self.predict([row], label_mass=False).log_probs.double().exp().mean(0)[0]
             stored = torch.tensor(probe.probs, dtype=torch.float64)
             worst = max(worst, float((probs - stored).abs().max()))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 __all__ = ["permutation", "uniforms"]
 
 _MANTISSA_BITS = 53
+_LARGEST = 1.0 - 0.5**_MANTISSA_BITS
 
 
 def _bit_generator(key: tuple[str | int, ...]) -> np.random.Philox:
@@ -24,7 +25,8 @@ def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
     """Return ``size`` independent uniform numbers from the open interval (0, 1).
 
     Built from the raw 64-bit words of Philox, whose sequence NumPy promises never to change:
-    the upper 53 bits plus one half, over 2^53, so 0 and 1 themselves cannot occur.
+    the upper 53 bits plus one half, over 2^53. The half keeps 0 out; the bound keeps 1 out, to
+    which the largest word would round.
 
     Args:
         key: Name of the stream; different tuples are independent streams.
@@ -35,7 +37,8 @@ def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
         True
     """
     words = np.atleast_1d(_bit_generator(key).random_raw(size))
-    return ((words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64) + 0.5) / 2**_MANTISSA_BITS
+    counts = (words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64)
+    return np.minimum((counts + 0.5) / 2**_MANTISSA_BITS, _LARGEST)
 
 
 def permutation(key: tuple[str | int, ...], size: int) -> NDArray[np.intp]:

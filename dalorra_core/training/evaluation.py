@@ -1,5 +1,6 @@
 """Score labelled rows: accuracy, calibration, selective prediction and out-of-scope detection."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +20,14 @@ from dalorra_core.metrics.calibration import (
 from dalorra_core.metrics.selective import augrc, aurc, auroc
 from dalorra_core.metrics.uncertainty import UncertaintySummary, log_mean_probs, summarise
 
-__all__ = ["Estimate", "EvaluationReport", "evaluate", "out_of_scope_scores"]
+__all__ = ["Estimate", "EvaluationReport", "evaluate", "json_number", "out_of_scope_scores"]
 
 _NUM_BINS = 15
+
+
+def json_number(value: float) -> float | None:
+    """Return ``value``, or None for the NaN of an undefined statistic: JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,11 @@ class EvaluationReport:
     ece_noise_floor: tuple[float, float]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
+        """Return plain JSON values; an undefined statistic is null."""
+        values = asdict(self)
+        for estimate in values["metrics"].values():
+            estimate |= {name: v if v is None else json_number(v) for name, v in estimate.items()}
+        return values
 
 
 def out_of_scope_scores(summary: UncertaintySummary, *, point: bool) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from dalorra_core.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from dalorra_core.training.evaluation import evaluate
+from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.prepare import TrainingData
 from dalorra_core.training.progress import Progress
 from dalorra_core.training.step import StepLoss, TrainStep
@@ -235,7 +235,8 @@ class _Run:
             report = evaluate(log_probs, labels)
             values |= {f"{estimator}/{k}": e.value for k, e in report.metrics.items()}
         progress.note(f"step {step} validation ({len(rows)} rows): {_short(values)}")
-        self._record({"step": step, "validation": values})
+        shown = {name: json_number(value) for name, value in values.items()}
+        self._record({"step": step, "validation": shown})
         self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=step)
 
     def _predictives(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
@@ -257,6 +258,11 @@ class _Run:
         }
 
     def _checkpoint(self, step: int) -> None:
+        if not all(bool(value.isfinite().all()) for value in self.module.params.values()):
+            raise DalorraError(
+                f"step {step}: a parameter is not finite. Lower optim.lr or method.mask_lr; the "
+                "last checkpoint is intact"
+            )
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         save_checkpoint(
             self.run_dir / "checkpoints",

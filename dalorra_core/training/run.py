@@ -36,7 +36,7 @@ from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.predictor import Predictor, tokenizer_sha256
-from dalorra_core.training.evaluation import evaluate
+from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.loop import TrainingResult, train
 from dalorra_core.training.prepare import TrainingData, prepare_training_data
 from dalorra_core.training.step import TrainStep
@@ -236,9 +236,17 @@ def _finish(
         log_probs = predictor.predict(data.validation, label_mass=False).log_probs
         labels = torch.tensor([row.label for row in data.validation])
         metrics = evaluate(log_probs, labels).metrics
-        provenance["validation"] = {name: e.value for name, e in metrics.items()}
+        provenance["validation"] = {name: json_number(e.value) for name, e in metrics.items()}
         policies = (default_policy(predictor, log_probs, labels, config.data.validation_split),)
         report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
+    if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
+        predictor = Predictor.load(
+            output,
+            base=str(base.directory),
+            device=config.run.device,
+            dtype="float32",
+            verify_golden=False,
+        )
     golden = _golden_probes(predictor, data.examples)
     updated = manifest.model_copy(
         update={"policies": policies, "golden": golden, "provenance": provenance}

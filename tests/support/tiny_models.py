@@ -39,6 +39,7 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 __all__ = [
     "FAMILIES",
     "TinyAdapter",
+    "assert_near",
     "batch_of",
     "gated_pack",
     "merged_label_logits",
@@ -67,6 +68,11 @@ _SHAPE: dict[str, Any] = {
 }
 _GEMMA: dict[str, Any] = {**_SHAPE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 _CAPPED = {"final_logit_softcapping": 8.0, "attn_logit_softcapping": None}
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """Assert equality to 1e-5, relative and absolute: the contract of docs/method.md."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -187,7 +193,7 @@ def batch_of(rows: Sequence[EncodedExample], num_labels: int = 5) -> TokenBatch:
 def merged_label_logits(
     tiny: TinyAdapter, token_ids: Sequence[int], gates: Mapping[str, Tensor] | None
 ) -> Tensor:
-    """Return the (C,) label logits of one row under one mask, in float64, without any of our layers.
+    """Return the (C,) label logits of one row under one mask in float64, without our layers.
 
     Adds ``s * B diag(z) A`` to the weights of a copy of the plain Hugging Face model, unties its
     output projection, runs it on the one unpadded row and picks the label tokens of the last
@@ -198,7 +204,7 @@ def merged_label_logits(
         token_ids: One row.
         gates: Module name to its gates (r,); None leaves the base model as it is.
     """
-    model = copy.deepcopy(tiny.base).double()
+    model: Any = copy.deepcopy(tiny.base).double()
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)

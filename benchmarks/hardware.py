@@ -1,0 +1,18 @@
+"""Names the machine a benchmark ran on."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+__all__ = ["describe_hardware"]
+
+
+def describe_hardware() -> str:
+    """Return processor, threads and GPU in one line."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor}, {torch.get_num_threads()} threads{gpu}"

@@ -1,0 +1,89 @@
+"""The fused forward on generated batches: chunks and batch-mates never change an answer."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.config import DalorraConfig
+from dalorra_core.methods import METHODS
+from dalorra_core.methods.method import Draw
+from dalorra_core.predictive.scoring import plan_chunks, score_rows
+from dalorra_core.sampling.streams import permutation, uniforms
+from tests.support.tiny_models import random_rows, tiny_adapter
+
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+TINY = {late: tiny_adapter(layers=(1, 1) if late else None) for late in (False, True)}
+
+
+def pack_of(late: bool, seed: int, samples: int) -> SamplePack:
+    draw = Draw(("property", seed), samples)
+    return METHODS["dalorra"].predict_pack(TINY[late].state, DalorraConfig(), draw)
+
+
+def score(late: bool, pack: SamplePack, lengths: list[int], limit: int) -> torch.Tensor:
+    rows = random_rows(lengths)
+    return score_rows(TINY[late].model, pack, rows, num_labels=5, max_padded_tokens=limit).log_probs
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    samples=st.integers(1, 12),
+    limit=st.integers(1, 300),
+)
+def test_every_row_is_in_one_chunk_and_no_chunk_is_too_large(
+    lengths: list[int], samples: int, limit: int
+) -> None:
+    chunks = list(plan_chunks(lengths, samples, limit))
+    assert sorted(i for rows, _ in chunks for i in rows) == list(range(len(lengths)))
+    for rows, step in chunks:
+        longest = max(lengths[i] for i in rows)
+        assert 1 <= step <= samples
+        assert len(rows) * longest * step <= limit or (len(rows) == 1 and step == 1)
+        if len(rows) > 1:
+            assert step == samples  # samples are split only for a row that does not fit whole
+    in_order = [lengths[i] for rows, _ in chunks for i in rows]
+    assert in_order == sorted(in_order)
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=20), samples=st.integers(1, 5))
+def test_chunks_are_as_large_as_the_limit_allows(lengths: list[int], samples: int) -> None:
+    limit = 100
+    chunks = [rows for rows, _ in plan_chunks(lengths, samples, limit)]
+    for rows, following in pairwise(chunks):
+        one_more = (len(rows) + 1) * lengths[following[0]] * samples
+        assert one_more > limit
+
+
+@settings(max_examples=25)
+@given(
+    lengths=LENGTHS,
+    samples=st.integers(1, 5),
+    limit=st.integers(1, 60),
+    seed=st.integers(0, 2**32),
+    late=st.booleans(),
+)
+def test_chunked_equals_whole_equals_one_sample_at_a_time(
+    lengths: list[int], samples: int, limit: int, seed: int, late: bool
+) -> None:
+    pack = pack_of(late, seed, samples)
+    whole = score(late, pack, lengths, 10**6)
+    torch.testing.assert_close(score(late, pack, lengths, limit), whole, rtol=1e-5, atol=1e-5)
+    for m in range(samples):
+        one = score(late, pack.narrow(m, m + 1), lengths, 10**6)
+        torch.testing.assert_close(one[0], whole[m], rtol=1e-5, atol=1e-5)
+    fewer = score(late, pack_of(late, seed, max(1, samples - 1)), lengths, 10**6)
+    torch.testing.assert_close(fewer, whole[: len(fewer)], rtol=1e-5, atol=1e-5)
+
+
+@given(
+    name=st.lists(st.text("abc", min_size=1, max_size=3) | st.integers(0, 99), max_size=4),
+    size=st.integers(1, 40),
+)
+def test_streams_are_prefixes_inside_the_open_interval(name: list[str | int], size: int) -> None:
+    long = uniforms(tuple(name), size + 10)
+    assert (uniforms(tuple(name), size) == long[:size]).all()
+    assert ((long > 0) & (long < 1)).all()
+    assert sorted(permutation(tuple(name), size)) == list(range(size))

@@ -1,0 +1,72 @@
+"""dalorra_core.adapters.linear: the adapted layer against loops over samples and ranks."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalorra_core.adapters.binding import Binding
+from dalorra_core.adapters.linear import AdaptedLinear, low_rank_delta
+from dalorra_core.adapters.pack import ModulePack, SamplePack
+
+M, B, T, D_IN, D_OUT, R = 3, 2, 4, 5, 6, 2
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def module_of(*, own_a: bool, own_b: bool, gated: bool) -> ModulePack:
+    return ModulePack(
+        random(M if own_a else 1, R, D_IN, seed=1),
+        random(M if own_b else 1, D_OUT, R, seed=2),
+        random(M, R, seed=3) if gated else None,
+    )
+
+
+def by_loops(h: Tensor, module: ModulePack, scaling: float) -> Tensor:
+    """Return sum_j z_mj b_j (a_j . h) for each folded row, one rank at a time."""
+    out = torch.zeros(*h.shape[:-1], D_OUT, dtype=torch.float64)
+    rows = h.shape[0] // M
+    for n in range(h.shape[0]):
+        m = n // rows
+        a = module.lora_A[m if len(module.lora_A) > 1 else 0]
+        b = module.lora_B[m if len(module.lora_B) > 1 else 0]
+        for j in range(R):
+            z = 1.0 if module.z is None else float(module.z[m, j])
+            out[n] += scaling * z * (h[n] @ a[j]).unsqueeze(-1) * b[:, j]
+    return out
+
+
+@pytest.mark.parametrize("own_a", [False, True])
+@pytest.mark.parametrize("own_b", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(M * B, D_IN), (M * B, T, D_IN)])
+def test_the_low_rank_part_is_the_sum_over_ranks(
+    own_a: bool, own_b: bool, gated: bool, shape: tuple[int, ...]
+) -> None:
+    module = module_of(own_a=own_a, own_b=own_b, gated=gated)
+    h = random(*shape, seed=4)
+    found = low_rank_delta(h, module, M, 1.5)
+    torch.testing.assert_close(found, by_loops(h, module, 1.5), rtol=1e-12, atol=1e-12)
+
+
+def test_the_result_has_the_dtype_of_the_states() -> None:
+    module = module_of(own_a=False, own_b=False, gated=True)
+    h = random(M * B, D_IN, seed=4)
+    found = low_rank_delta(h.bfloat16(), module, M, 1.5)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), by_loops(h, module, 1.5), rtol=0.05, atol=0.2)
+
+
+def test_a_layer_adds_the_bound_part_and_only_that() -> None:
+    base = nn.Linear(D_IN, D_OUT, dtype=torch.float64)
+    binding = Binding()
+    layer = AdaptedLinear(base, "q", binding)
+    h = random(M * B, T, D_IN, seed=4)
+    module = module_of(own_a=False, own_b=False, gated=True)
+    assert torch.equal(layer(h), base(h))
+    with binding.bind(SamplePack(M, 2.0, {"other": module})):
+        assert torch.equal(layer(h), base(h))
+    with binding.bind(SamplePack(M, 2.0, {"q": module})):
+        torch.testing.assert_close(layer(h), base(h) + by_loops(h, module, 2.0))
+    assert torch.equal(layer(h), base(h))

@@ -1,0 +1,101 @@
+"""dalorra_core.adapters.pack and binding: packs are checked values, lent for one forward."""
+
+import pytest
+import torch
+
+from dalorra_core.adapters.binding import Binding
+from dalorra_core.adapters.pack import ModulePack, SamplePack, fold, unfold
+from dalorra_core.errors import ConfigError
+
+
+def pack_of(samples: int, *, own_factors: bool = False) -> SamplePack:
+    generator = torch.Generator().manual_seed(samples)
+    m = samples if own_factors else 1
+    module = ModulePack(
+        torch.randn(m, 2, 4, generator=generator),
+        torch.randn(m, 3, 2, generator=generator),
+        torch.randn(samples, 2, generator=generator),
+    )
+    return SamplePack(samples, 2.0, {"a": module})
+
+
+def test_folding_puts_sample_m_of_row_b_at_row_m_times_rows_plus_b() -> None:
+    x = torch.arange(6).view(3, 2)
+    folded = fold(x, 4)
+    for m in range(4):
+        for b in range(3):
+            assert torch.equal(folded[m * 3 + b], x[b])
+    assert torch.equal(unfold(folded, 4), x.expand(4, 3, 2))
+
+
+@pytest.mark.parametrize("own_factors", [False, True])
+def test_narrow_returns_those_samples(own_factors: bool) -> None:
+    pack = pack_of(5, own_factors=own_factors)
+    part = pack.narrow(1, 3)
+    module, whole = part.modules["a"], pack.modules["a"]
+    assert (part.num_samples, part.scaling) == (2, 2.0)
+    assert module.z is not None
+    assert whole.z is not None
+    assert torch.equal(module.z, whole.z[1:3])
+    for cut, full in ((module.lora_A, whole.lora_A), (module.lora_B, whole.lora_B)):
+        assert torch.equal(cut, full[1:3] if own_factors else full)
+
+
+def test_narrow_of_a_single_sample_and_without_gates() -> None:
+    one = pack_of(1).narrow(0, 1).modules["a"]
+    assert torch.equal(one.lora_A, pack_of(1).modules["a"].lora_A)
+    plain = SamplePack(3, 1.0, {"a": ModulePack(torch.ones(3, 1, 2), torch.ones(1, 2, 1))})
+    part = plain.narrow(0, 2).modules["a"]
+    assert part.z is None
+    assert part.lora_A.shape[0] == 2
+
+
+def test_a_pack_moves_whole() -> None:
+    moved = pack_of(2).to(torch.device("cpu"), torch.float64).modules["a"]
+    assert moved.z is not None
+    assert {moved.lora_A.dtype, moved.lora_B.dtype, moved.z.dtype} == {torch.float64}
+    plain = SamplePack(1, 1.0, {"a": ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1))})
+    assert plain.to(torch.device("cpu"), torch.float64).modules["a"].z is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "module", "said"),
+    [
+        (0, ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1)), "at least 1, got 0"),
+        (
+            2,
+            ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1), torch.ones(3, 1)),
+            "module a: z holds 3 samples, the pack holds 2",
+        ),
+        (
+            2,
+            ModulePack(torch.ones(3, 1, 2), torch.ones(1, 2, 1)),
+            "module a: a factor holds 3 samples; allowed are 1 and 2",
+        ),
+        (2, ModulePack(torch.ones(1, 1, 2), torch.ones(3, 2, 1)), "a factor holds 3 samples"),
+    ],
+)
+def test_a_pack_that_disagrees_with_its_size_is_refused(
+    samples: int, module: ModulePack, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        SamplePack(samples, 1.0, {"a": module})
+
+
+def test_a_pack_is_lent_for_the_block_and_taken_back() -> None:
+    binding, pack = Binding(), pack_of(2)
+    assert binding.lookup("a") is None
+    with binding.bind(pack):
+        assert binding.lookup("a") == (pack.modules["a"], 2, 2.0)
+        assert binding.lookup("b") is None
+        with pytest.raises(RuntimeError, match="already bound"), binding.bind(pack_of(3)):
+            pass
+        assert binding.lookup("a") == (pack.modules["a"], 2, 2.0)
+    assert binding.lookup("a") is None
+
+
+def test_a_failing_forward_gives_the_pack_back() -> None:
+    binding = Binding()
+    with pytest.raises(ZeroDivisionError), binding.bind(pack_of(2)):
+        _ = 1 / 0
+    assert binding.lookup("a") is None
