@@ -30,7 +30,7 @@ class LateFold:
         first = min((s.layer for s in specs if s.layer is not None), default=None)
         layers: Any = getattr(decoder, "layers", None)
         self.possible = first is not None and first > 0 and isinstance(layers, nn.ModuleList)
-        if self.possible:
+        if first is not None and self.possible:
             layers[first].register_forward_pre_hook(self._repeat)
 
     @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalorra_core.errors import DataError
 from dalorra_core.metrics.bootstrap import bootstrap_interval
 from dalorra_core.metrics.calibration import (
     adaptive_ece,
@@ -95,8 +96,13 @@ def evaluate(
         labels: (n,) right labels, -1 for out of scope.
         bootstrap_seed: Seed of the bootstrap; None leaves the intervals out.
         num_resamples: Bootstrap resamples.
+
+    Raises:
+        DataError: If no row is in scope.
     """
     inside = labels >= 0
+    if not bool(inside.any()):
+        raise DataError(f"evaluation needs an in-scope row, got {len(labels)} without any")
     summary = summarise(log_probs)
     correct = summary.mean_probs.argmax(-1) == labels
     floor = ece_noise_floor(

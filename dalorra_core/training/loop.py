@@ -29,7 +29,7 @@ from dalorra_core.training.checkpoint import (
     save_checkpoint,
 )
 from dalorra_core.training.evaluation import evaluate, json_number
-from dalorra_core.training.prepare import TrainingData
+from dalorra_core.training.prepare import TrainingData, rows_digest
 from dalorra_core.training.progress import Progress
 from dalorra_core.training.step import StepLoss, TrainStep
 
@@ -111,7 +111,8 @@ def train(
         eps=config.optim.eps,
         fused=True,
     )
-    done = _restore(module, optimizer, config, run_dir, resume=resume)
+    identity = _identity(config, data)
+    done = _restore(module, optimizer, identity, run_dir, resume=resume)
     warmup = int(config.optim.warmup_ratio * config.optim.steps)
     schedule = get_linear_schedule_with_warmup(
         optimizer, warmup, config.optim.steps, last_epoch=done - 1
@@ -126,10 +127,15 @@ def train(
     return TrainingResult(state, config.optim.steps, time.monotonic() - started, done)
 
 
+def _identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the first: settings and training rows."""
+    return {**config.model_dump(mode="json"), "train_rows": rows_digest(data.train)}
+
+
 def _restore(
     module: TrainStep,
     optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
+    identity: dict[str, Any],
     run_dir: Path,
     *,
     resume: bool,
@@ -142,7 +148,7 @@ def _restore(
             f"run directory {run_dir} already holds {newest.name}: pass --resume to continue it, "
             "or another --run-dir to start anew"
         )
-    checkpoint = load_checkpoint(newest, config.model_dump(mode="json"))
+    checkpoint = load_checkpoint(newest, identity)
     checkpoint.restore(optimizer, module.params)
     return checkpoint.step
 
@@ -268,7 +274,7 @@ class _Run:
             self.run_dir / "checkpoints",
             Checkpoint(
                 step,
-                self.config.model_dump(mode="json"),
+                _identity(self.config, self.data),
                 self.module.params,
                 Checkpoint.of_optimizer(optimizer, self.module.params),
             ),

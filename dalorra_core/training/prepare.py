@@ -1,10 +1,13 @@
 """Turn a configuration into encoded rows, checking every one before any training starts."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 from dalorra_core.config import DataConfig
 from dalorra_core.data.collate import EncodedExample
@@ -15,7 +18,7 @@ from dalorra_core.data.prompts import PromptTemplate, prompt_template
 from dalorra_core.data.readers import read_source
 from dalorra_core.errors import DataError, InputError
 
-__all__ = ["TrainingData", "encode_rows", "prepare_training_data"]
+__all__ = ["TrainingData", "encode_rows", "prepare_training_data", "rows_digest"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,14 @@ def encode_rows(
             where = _place(config, split, example.id)
             raise DataError(f"{where}: field {field}: {error}") from error
     return rows
+
+
+def rows_digest(rows: Sequence[EncodedExample]) -> dict[str, JsonValue]:
+    """Return the number of rows and a sha256 over their ids, tokens and labels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.id, row.token_ids, row.label, row.allowed)).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def _place(config: DataConfig, split: str, row_id: str | None = None) -> str:

@@ -1,6 +1,5 @@
 """One training run from configuration to artifact."""
 
-import hashlib
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +29,6 @@ from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_de
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.calibration.policy import choose_thresholds
 from dalorra_core.config import TrainConfig
-from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import summarise
@@ -38,7 +36,11 @@ from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.predictor import Predictor, tokenizer_sha256
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.loop import TrainingResult, train
-from dalorra_core.training.prepare import TrainingData, prepare_training_data
+from dalorra_core.training.prepare import (
+    TrainingData,
+    prepare_training_data,
+    rows_digest,
+)
 from dalorra_core.training.step import TrainStep
 
 __all__ = ["TARGET_SELECTIVE_RISK", "run_training"]
@@ -69,7 +71,7 @@ def run_training(
     Args:
         config: The run.
         output: Artifact directory to write.
-        run_dir: Checkpoints and logs; kept, so that a longer run can continue from it.
+        run_dir: Checkpoints and logs; kept after the run.
         resume: Continue from the newest checkpoint of ``run_dir``.
         overwrite: Replace an existing artifact at ``output``.
         report: Called with lines for the user.
@@ -201,20 +203,13 @@ def _provenance(
         "device": pick_device(config.run.device).type,
         "config": settings,
         "data": {
-            "train": _rows_digest(data.train),
-            "validation": _rows_digest(data.validation),
+            "train": rows_digest(data.train),
+            "validation": rows_digest(data.validation),
         },
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
         "resumed_at": result.resumed_at,
     }
-
-
-def _rows_digest(rows: list[EncodedExample]) -> dict[str, JsonValue]:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr((row.id, row.token_ids, row.label, row.allowed)).encode())
-    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def _finish(

@@ -54,9 +54,7 @@ def test_moments_match_torchs_relaxed_bernoulli() -> None:
     ours = relaxed_gates(phi, iid_uniforms(("moments",), n, 1, 3), tau)[:, 0]  # (n, 3)
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(0)
-        theirs: Any = RelaxedBernoulli(torch.tensor(tau), logits=phi[0]).sample(
-            torch.Size([n])
-        )
+        theirs: Any = RelaxedBernoulli(torch.tensor(tau), logits=phi[0]).sample(torch.Size([n]))
     for power in (1, 2):
         a, b = ours.double() ** power, theirs.double() ** power
         error = ((a.var(0) + b.var(0)) / n).sqrt()
