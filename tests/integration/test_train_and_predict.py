@@ -35,7 +35,7 @@ from dalorra_core.errors import (
 from dalorra_core.predictive import predictor as predictor_module
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan, tokenizer_sha256
 from dalorra_core.training import run as module
-from dalorra_core.training.checkpoint import latest_checkpoint, load_checkpoint
+from dalorra_core.training.checkpoint import latest_checkpoint
 from dalorra_core.training.run import run_training
 from dalorra_core.training.step import TrainStep
 from tests.support.tiny_models import (
@@ -565,8 +565,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
         return
     newest = latest_checkpoint(tmp_path / "out-run" / "checkpoints")
     assert newest is not None
-    identity = json.loads((newest / "checkpoint.json").read_text("utf-8"))["config"]
-    kept = load_checkpoint(newest, identity)
+    kept = stored_checkpoint(newest)
     assert all(value.isfinite().all() for value in kept.params.values())
 
 
@@ -648,7 +647,7 @@ def test_two_accumulated_batches_of_four_equal_one_of_eight(
         run(config, tmp_path, f"by-{size}")
         newest = latest_checkpoint(tmp_path / f"by-{size}-run" / "checkpoints")
         assert newest is not None
-        tensors.append(load_checkpoint(newest, config.model_dump(mode="json")).params)
+        tensors.append(stored_checkpoint(newest).params)
     for name, value in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], value, rtol=1e-6, atol=1e-6)
     assert tensors[0]["lm_head.lora_B"].abs().max() > 1e-3
