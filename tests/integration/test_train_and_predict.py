@@ -67,6 +67,12 @@ def run(config: TrainConfig, folder: Path, name: str = "out", **options: Any) ->
     return run_training(config, folder / name, folder / f"{name}-run", report=silent, **options)
 
 
+def stored_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint whatever run it belongs to."""
+    identity = json.loads((path / "checkpoint.json").read_text("utf-8"))["config"]
+    return load_checkpoint(path, identity)
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
