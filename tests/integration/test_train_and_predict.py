@@ -35,7 +35,7 @@ from dalorra_core.errors import (
 from dalorra_core.predictive import predictor as predictor_module
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan, tokenizer_sha256
 from dalorra_core.training import run as module
-from dalorra_core.training.checkpoint import latest_checkpoint
+from dalorra_core.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dalorra_core.training.run import run_training
 from dalorra_core.training.step import TrainStep
 from tests.support.tiny_models import (
