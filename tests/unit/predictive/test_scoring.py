@@ -40,6 +40,6 @@ def test_progress_counts_every_row_and_mass_is_the_mean_over_samples() -> None:
     assert torch.equal(without.log_probs, found.log_probs)
 
 
-@pytest.mark.parametrize(("device", "limit"), [("cpu", 256), ("cuda", 65536)])
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 512), ("cuda", 65536)])
 def test_the_default_size_of_a_pass(device: str, limit: int) -> None:
     assert padded_token_limit(torch.device(device)) == limit
