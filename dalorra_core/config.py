@@ -1,7 +1,7 @@
 """Every setting of a training run, validated, with its domain and its default.
 
-Unknown keys are errors. Each field's description says its unit and effect; ``dalorra train --help``
-and docs/training.md are written from them.
+Unknown keys are errors. Each field's description says its unit and effect; the tables of
+docs/training.md are made from them.
 """
 
 import json
@@ -168,7 +168,7 @@ class RunConfig(_Settings):
     )
     attention: Literal["sdpa", "eager"] = Field(
         default="sdpa",
-        description="Attention kernel; eager is faster on CPU for prompts under about 50 tokens.",
+        description="Attention kernel; eager is faster on CPU in bfloat16.",
     )
     checkpoint_every: int = Field(
         default=200, ge=1, description="Optimiser steps between checkpoints."

@@ -106,6 +106,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "estimator": plan.estimator,
             "mask_set": predictor.mask_set(plan),
             "dtype": str(predictor.dtype).removeprefix("torch."),
+            "truncated_rows": sum(row.truncated for row in rows),
             **report.to_json(),
             "policies": [
                 decision_table(prediction, labels, policy)
@@ -158,6 +159,8 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['split']}: {result['num_in_scope']} in scope, {result['num_out_of_scope']} out; "
         f"{result['estimator']}, M = {result['num_samples']}, seed {result['seed']}"
     )
+    if result["truncated_rows"]:
+        typer.echo(f"  {result['truncated_rows']} rows were too long and cut at their end")
     floor, spread = result["ece_noise_floor"]
     for name, estimate in result["metrics"].items():
         value = estimate["value"]

@@ -100,7 +100,8 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
     if "keep_prob" in summary:
         quantiles = "  ".join(f"{q}: {p:.3f}" for q, p in summary["keep_prob_quantiles"].items())
         console.print(f"{'keep prob':<11}quantiles  {quantiles}")
-        Console(soft_wrap=False).print(_keep_table(artifact, summary))
+        table = _keep_table(artifact, summary)
+        Console(width=12 + 16 * len(table.columns)).print(table)
 
 
 def _compact(value: object) -> str:

@@ -48,10 +48,11 @@ class LabelHead(nn.Module):
             (M*B, C), float32.
         """
         h = hidden.float()
-        logits = nn.functional.linear(h, self.weight, self.bias)  # (M*B, C)
-        if pack is not None and "lm_head" in pack.modules:
-            module = pack.modules["lm_head"]
-            logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
+        with torch.autocast(h.device.type, enabled=False):  # float32 whatever the trunk runs in
+            logits = nn.functional.linear(h, self.weight, self.bias)  # (M*B, C)
+            if pack is not None and "lm_head" in pack.modules:
+                module = pack.modules["lm_head"]
+                logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
         return self._cap(logits)
 
     def label_mass(self, hidden: Tensor, label_logits: Tensor) -> Tensor:

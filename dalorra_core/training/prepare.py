@@ -16,7 +16,7 @@ from dalorra_core.data.examples import ChoiceExample, Example, gold_label
 from dalorra_core.data.labels import LabelSet, collect_labels, resolve_label_tokens
 from dalorra_core.data.prompts import PromptTemplate, prompt_template
 from dalorra_core.data.readers import read_source
-from dalorra_core.errors import DataError, InputError
+from dalorra_core.errors import ConfigError, DataError, InputError
 
 __all__ = ["TrainingData", "encode_rows", "prepare_training_data", "rows_digest"]
 
@@ -47,6 +47,12 @@ def prepare_training_data(config: DataConfig, tokenizer: Any) -> TrainingData:
         ConfigError: If the source, the split or the prompt is not there.
         DataError: At the first row that cannot be used; names file, line and field.
     """
+    if config.validation_split is not None and Path(config.source).is_file():
+        raise ConfigError(
+            f"data.source {config.source} is one file, so data.validation_split "
+            f"{config.validation_split!r} would be the training rows again: give a directory with "
+            "train.jsonl and validation.jsonl, or data.validation_split=null"
+        )
     oos = config.out_of_scope_label
     everything = read_source(config.source, config.train_split)
     examples = [e for e in everything if oos is None or gold_label(e) != oos]

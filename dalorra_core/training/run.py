@@ -1,6 +1,7 @@
 """One training run from configuration to artifact."""
 
 import platform
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,9 +97,13 @@ def run_training(
     accelerator.end_training()
     if accelerator.is_main_process:
         manifest = _manifest(config, base, data, specs, result)
-        save_artifact(output, manifest, pack_tensors(result.state.params), overwrite=overwrite)
+        staged = run_dir / "artifact"  # nobody sees an adapter without its policy and probes
+        save_artifact(staged, manifest, pack_tensors(result.state.params), overwrite=True)
         del module
-        _finish(output, config, base, data, report)
+        updated = _finish(staged, config, base, data, report)
+        tensors = pack_tensors(load_artifact(staged).tensors)
+        save_artifact(output, updated, tensors, overwrite=overwrite)
+        shutil.rmtree(staged)
     return output
 
 
@@ -213,17 +218,17 @@ def _provenance(
 
 
 def _finish(
-    output: Path,
+    staged: Path,
     config: TrainConfig,
     base: _Base,
     data: TrainingData,
     report: Any,
-) -> None:
-    """Answer the held-out rows as the server would, then store policy and golden probes."""
+) -> Manifest:
+    """Answer the held-out rows as the server would; return the manifest with policy and probes."""
     predictor = Predictor.load(
-        output, base=str(base.directory), device=config.run.device, verify_golden=False
+        staged, base=str(base.directory), device=config.run.device, verify_golden=False
     )
-    manifest, artifact = predictor.manifest, load_artifact(output)
+    manifest = predictor.manifest
     provenance = dict(manifest.provenance)
     policies: tuple[Policy, ...] = ()
     if data.validation:
@@ -236,17 +241,16 @@ def _finish(
         report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
     if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
         predictor = Predictor.load(
-            output,
+            staged,
             base=str(base.directory),
             device=config.run.device,
             dtype="float32",
             verify_golden=False,
         )
     golden = _golden_probes(predictor, data.examples)
-    updated = manifest.model_copy(
+    return manifest.model_copy(
         update={"policies": policies, "golden": golden, "provenance": provenance}
     )
-    save_artifact(output, updated, pack_tensors(artifact.tensors), overwrite=True)
 
 
 def default_policy(
