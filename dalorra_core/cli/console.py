@@ -1,7 +1,6 @@
 """How a command talks: results on stdout, everything else on stderr, one line per error."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ from dalorra_core.errors import DalorraError
 
 __all__ = ["errors_as_exit", "note", "row_progress"]
 
-_stderr = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+_stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def note(text: str) -> None:

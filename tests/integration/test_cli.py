@@ -84,7 +84,10 @@ def test_a_bad_row_stops_before_training(task: TinyTask, tmp_path: Path) -> None
         {"id": "2", "text": " ", "label": "x"},
     ]
     bad = write_jsonl(tmp_path / "bad.jsonl", rows)
-    result = call("train", "-c", config_file(task, tmp_path), "-s", f"data.source={bad}")
+    result = call(
+        *("train", "-c", config_file(task, tmp_path), "-s", f"data.source={bad}"),
+        *("-s", "data.validation_split=null"),
+    )
     assert result.exit_code == 1
     assert "bad.jsonl" in result.stderr
     assert "2" in result.stderr
