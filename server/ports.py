@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 __all__ = [
+    "AbstainScore",
     "AdapterCard",
     "BatchKey",
     "BatchScores",

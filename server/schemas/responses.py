@@ -7,11 +7,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.decision import Decision, Reason
 
 __all__ = [
+    "AbstainRule",
     "ClassifyResponse",
     "HealthResponse",
+    "Limits",
     "ModelCard",
     "ModelList",
+    "OpenAIError",
+    "PolicyCard",
     "Problem",
+    "ProblemFault",
+    "Row",
+    "SamplingCard",
+    "Thresholds",
+    "Timings",
+    "TopLabel",
+    "Uncertainty",
+    "Usage",
     "VersionResponse",
 ]
 
