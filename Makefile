@@ -24,7 +24,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint format types clean
+.PHONY: help serve install dev test lint format types secrets clean
 
 help:  ## List the targets and the settings
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ format: $(STAMPS)/dev  ## Format the code and mend what ruff can mend
 
 types: $(STAMPS)/dev  ## Check the types
 	@$(BIN)/basedpyright
+
+secrets:  ## Write the secret files that docker-compose.yml mounts, where there are none
+	@deploy/make_secrets.sh
 
 clean:  ## Remove .venv, builds and caches (the fetched base model stays in its cache)
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* htmlcov coverage.xml

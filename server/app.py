@@ -1,5 +1,6 @@
 """The app: parts put together, routes mounted, every error in one form."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ from starlette.exceptions import HTTPException
 from server import __version__
 from server.batching import Admission, AdmissionLimits
 from server.errors import ApiError, problem_response
+from server.feedback import FeedbackStore, RiskMonitor, make_signer, make_store
 from server.lifecycle import EngineFactory, Lifecycle
 from server.middleware import Envelope, request_id_of
 from server.registry import AdapterRegistry
-from server.routes import classify, health, models
-from server.schemas import ClassifyRequest, Problem
+from server.routes import classify, feedback, health, models, policies
+from server.schemas import ClassifyRequest, EvaluateRequest, FeedbackRequest, Problem
 from server.service import Service, service_of
 from server.settings import Settings
 from server.telemetry import Telemetry
@@ -38,6 +40,9 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
     Args:
         factory: Makes the engine; called once, in the loading thread, so it may import torch.
         settings: The environment's, if left out.
+
+    Raises:
+        FeedbackSetupError: The secret or the database of feedback cannot be used.
     """
     settings = settings or Settings()
     service = _make_service(factory, settings)
@@ -53,8 +58,8 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
     )
     app.state.service = service
     app.add_middleware(Envelope, telemetry=service.telemetry, error_base=settings.error_base)
-    for router in (classify.router, models.router, health.router):
-        app.include_router(router)
+    for routes in (classify, feedback, policies, models, health):
+        app.include_router(routes.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -78,16 +83,29 @@ def _make_service(factory: EngineFactory, settings: Settings) -> Service:
         admission=admission,
         lifecycle=Lifecycle(factory, settings, registry, admission, telemetry),
         encoders=ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="dalorra-encode"),
+        signer=make_signer(settings),
+        feedback=_make_feedback(settings, telemetry),
     )
+
+
+def _make_feedback(settings: Settings, telemetry: Telemetry) -> FeedbackStore | None:
+    store = make_store(settings)
+    if store is not None:
+        telemetry.watch_feedback(RiskMonitor(store).read)
+    return store
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     service.lifecycle.start()
+    if service.feedback is not None:
+        service.feedback.start()
     try:
         yield
     finally:
+        if service.feedback is not None:
+            await asyncio.to_thread(service.feedback.close)
         await service.lifecycle.stop()
         service.encoders.shutdown(wait=False, cancel_futures=True)
 
@@ -123,9 +141,12 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    """Turn FastAPI's own validation (path parameters) into a problem."""
+    """Turn FastAPI's own validation (parameters of the path and the query) into a problem."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
-    details = "; ".join(fault["msg"] for fault in error.errors())
+    details = "; ".join(
+        f"{fault['loc'][0]} parameter {str(fault['loc'][-1])[:64]}: {fault['msg']}"
+        for fault in error.errors()
+    )
     return _problem(request, ApiError("invalid_request", details))
 
 
@@ -139,7 +160,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
         )
         _, extra = models_json_schema(
-            [(ClassifyRequest, "validation"), (Problem, "serialization")],
+            [
+                (ClassifyRequest, "validation"),
+                (EvaluateRequest, "validation"),
+                (FeedbackRequest, "validation"),
+                (Problem, "serialization"),
+            ],
             ref_template="#/components/schemas/{model}",
         )
         document["components"]["schemas"] |= extra["$defs"]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dalorra_core.cli import app
 from server.app import create_app
+from server.feedback import FeedbackSetupError
 from server.logs import configure_logging
 from server.ports import Engine
 from server.run import leave, run_server
@@ -68,6 +69,13 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    locked_policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Policy that requests can only make stricter. [default: none]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(help="Address to listen on. [default: 127.0.0.1]", rich_help_panel=_PROCESS),
@@ -80,6 +88,14 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         float | None,
         typer.Option(
             help="After SIGTERM, keep serving so long while /health/ready says 503. [default: 5]",
+            rich_help_panel=_PROCESS,
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the feedback database and the secret of prediction ids are kept. "
+            "[default: ~/.local/state/dalorra]",
             rich_help_panel=_PROCESS,
         ),
     ] = None,
@@ -178,8 +194,8 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     On SIGTERM readiness turns off at once, requests are still answered for --drain-seconds, then
     the server stops accepting, finishes what is inside and exits 0. On SIGINT it does not wait.
 
-    Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when the model could not be loaded or the port
-    is taken, 2 for a wrong option.
+    Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when the model could not be loaded, the
+    feedback database cannot be used or the port is taken, 2 for a wrong option.
 
     **Examples**
 
@@ -194,7 +210,11 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     configure_logging(settings.log_level)
     for name in unknown_environment():
         logger.warning("no setting reads this environment variable", extra={"variable": name})
-    fastapi_app = create_app(lambda: _make_engine(settings), settings)
+    try:
+        fastapi_app = create_app(lambda: _make_engine(settings), settings)
+    except FeedbackSetupError as error:
+        typer.echo(f"dalorra serve: {error}", err=True)
+        raise typer.Exit(1) from None
     exit_code = run_server(fastapi_app, settings)
     lifecycle = fastapi_app.state.service.lifecycle
     if lifecycle.failure is not None:

@@ -13,7 +13,7 @@ from typing import Literal
 from server.batching import Admission, Batcher, BatchLimits, BatchStats
 from server.errors import ApiError, ProblemCode
 from server.ports import AdapterCard, Engine
-from server.registry import AdapterRegistry
+from server.registry import AdapterRegistry, require_policy
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -175,7 +175,9 @@ class Lifecycle:
 
     def _load_engine(self) -> tuple[Engine, tuple[AdapterCard, ...]]:
         engine = self._factory()
-        return engine, engine.load()
+        cards = engine.load()
+        require_policy(cards, self._settings.locked_policy)
+        return engine, cards
 
     def _make_batcher(self, engine: Engine) -> Batcher:
         settings = self._settings

@@ -24,7 +24,16 @@ logger = logging.getLogger(__name__)
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _ROUTES = frozenset(
-    {"/v1/classify", "/classify", "/v1/models", "/version", "/openapi.json", "/docs"}
+    {
+        "/v1/classify",
+        "/classify",
+        "/v1/feedback",
+        "/v1/policies/evaluate",
+        "/v1/models",
+        "/version",
+        "/openapi.json",
+        "/docs",
+    }
 )
 _QUIET = frozenset(
     {
@@ -45,7 +54,10 @@ def route_template(path: str) -> str | None:
         return None
     if path in _ROUTES:
         return path
-    return "/v1/models/{model_id}" if path.startswith("/v1/models/") else "unmatched"
+    if not path.startswith("/v1/models/"):
+        return "unmatched"
+    curve = "/risk-coverage" if path.endswith("/risk-coverage") else ""
+    return "/v1/models/{model_id}" + curve
 
 
 def request_id_of(request: Request) -> str:

@@ -3,9 +3,9 @@
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from server.errors import ApiError
@@ -18,8 +18,9 @@ from server.schemas.requests import (
 )
 from server.settings import Settings
 
-__all__ = ["check_body_headers", "parse_request", "read_body"]
+__all__ = ["check_body_headers", "parse_document", "parse_request", "read_body"]
 
+M = TypeVar("M", bound=BaseModel)
 MAX_FAULTS = 20
 _FAULT_CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field"}
 _METADATA_DETAIL = (
@@ -77,12 +78,25 @@ def parse_request(body: bytes, settings: Settings) -> ClassifyRequest:
             f"input has {len(rows)} rows; the limit max_rows is {settings.max_rows}",
             errors=({"pointer": "#/input", "limit": settings.max_rows, "actual": len(rows)},),
         )
-    try:
-        request = ClassifyRequest.model_validate(document)
-    except ValidationError as error:
-        raise _schema_error(error) from None  # the cause would carry the text
+    request = _validate(document, ClassifyRequest)
     _check_limits(request, settings)
     return request
+
+
+def parse_document(body: bytes, schema: type[M]) -> M:
+    """Return a body as the request that it must be.
+
+    Raises:
+        ApiError: 400 when it is not JSON, 422 when it does not keep to the schema.
+    """
+    return _validate(_parse_json(body), schema)
+
+
+def _validate(document: Any, schema: type[M]) -> M:
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        raise _schema_error(error, schema) from None  # the cause would carry the text
 
 
 def _parse_json(body: bytes) -> Any:
@@ -113,10 +127,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _schema_error(error: ValidationError) -> ApiError:
+def _schema_error(error: ValidationError, schema: type[BaseModel]) -> ApiError:
     faults: dict[str, Mapping[str, object]] = {}
     for fault in error.errors(include_url=False, include_input=False, include_context=False):
-        described = _describe(fault["loc"], fault["type"], fault["msg"])
+        described = _describe(fault["loc"], fault["type"], fault["msg"], schema)
         faults.setdefault(str(described["pointer"]), described)
     first = next(iter(faults.values()))
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -124,7 +138,9 @@ def _schema_error(error: ValidationError) -> ApiError:
     return ApiError("invalid_request", detail, errors=tuple(faults.values())[:MAX_FAULTS])
 
 
-def _describe(location: tuple[int | str, ...], kind: str, message: str) -> dict[str, object]:
+def _describe(
+    location: tuple[int | str, ...], kind: str, message: str, schema: type[BaseModel]
+) -> dict[str, object]:
     names = [str(part) for part in location if not is_union_tag(part)]
     if names[:1] == ["metadata"] and len(names) > 1:
         names, message, kind = names[:2], _METADATA_DETAIL, "metadata_value"
@@ -136,7 +152,7 @@ def _describe(location: tuple[int | str, ...], kind: str, message: str) -> dict[
         "detail": message[:1].lower() + message[1:],
     }
     if kind == "extra_forbidden":
-        known = field_names(location)
+        known = field_names(location, schema)
         close = difflib.get_close_matches(names[-1], known, n=3)
         advice = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
         fault |= {"detail": f"unknown field; {advice}", "close_names": close}

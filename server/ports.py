@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 __all__ = [
-    "AbstainScore",
+    "HIGHER_IS_SURER",
+    "AbstainGuarantee",
     "AdapterCard",
     "BatchKey",
     "BatchScores",
+    "CalibrationCard",
     "ChoiceOption",
     "ChoiceQuestion",
     "EncodedRow",
@@ -21,19 +23,39 @@ __all__ = [
     "EngineFatalError",
     "EngineStoppedError",
     "Estimator",
+    "FeedbackRisk",
+    "Guarantee",
+    "Limit",
+    "NotCalibratedError",
     "Policy",
+    "PolicyEvaluation",
+    "PredictionSetRule",
     "Question",
+    "ReferenceProfile",
+    "RiskCoveragePoint",
     "RowRejectedError",
     "RowScores",
     "RowTooLongError",
     "Sampling",
+    "ScoreName",
+    "ScoreReference",
     "TextQuestion",
     "Truncate",
+    "UncertifiedTarget",
 ]
 
 Estimator = Literal["monte_carlo", "mean_mask"]
 Truncate = Literal["none", "start", "end"]
-AbstainScore = Literal["predictive_entropy", "confidence", "mutual_information", "label_mass"]
+ScoreName = Literal[
+    "confidence", "predictive_entropy", "mutual_information", "label_mass", "combined"
+]
+HIGHER_IS_SURER: Mapping[ScoreName, bool] = {
+    "confidence": True,
+    "predictive_entropy": False,
+    "mutual_information": False,
+    "label_mass": True,
+    "combined": True,
+}
 
 
 class RowRejectedError(Exception):
@@ -60,6 +82,10 @@ class EngineFatalError(Exception):
 
 class EngineStoppedError(Exception):
     """No engine thread runs any more, so the work will not be done."""
+
+
+class NotCalibratedError(LookupError):
+    """The adapter stores no calibration rows, or not the score that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +178,10 @@ class RowScores:
         confidence_std: Standard deviation over samples of the answer's probability; None where
             there is one function only.
         samples: The M distributions behind the mean, (M, C).
+        combined: Calibrated estimate that the answer is right and in scope, in [0, 1]; None when
+            the adapter stores no such score.
+        prediction_set: Labels of the adapter's first prediction-set rule, most probable first;
+            None when it stores none.
     """
 
     labels: tuple[str, ...]
@@ -165,6 +195,8 @@ class RowScores:
     mutual_information: float | None
     confidence_std: float | None
     samples: tuple[tuple[float, ...], ...]
+    combined: float | None = None
+    prediction_set: tuple[str, ...] | None = None
 
     @property
     def label(self) -> str:
@@ -182,26 +214,198 @@ class BatchScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """When to accept an answer, when to abstain, and on which data the two limits were chosen.
+class Limit:
+    """A score and the least sure value of it that still passes; equality passes."""
+
+    score: ScoreName
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """A certificate: with confidence 1 - delta, accepted answers are wrong at most so often.
 
     Attributes:
-        name: Name by which a request may ask for it.
-        min_confidence: Accept when the confidence is at least this; above 1 means never.
-        abstain_score: The score that recognises out-of-scope questions.
-        abstain_threshold: Abstain when that score is past this value (in the score's own unit).
-        abstain_above: True when large scores mean out of scope (entropy), False when small ones do.
-        target_selective_risk: Error rate among accepted answers the threshold was chosen for.
+        kind: How it was made; ``ltt`` is Learn then Test.
+        procedure: ``fixed_sequence`` or ``bonferroni``.
+        target_risk: Largest share of errors among accepted answers.
+        delta: Chance that the certificate is wrong, over draws of calibration rows.
+        out_of_scope_share: It holds while at most this share of the questions is out of scope.
+        n: In-scope and out-of-scope rows it was certified on.
+        n_out_of_scope: Those of them that are out of scope.
+        risk_upper_bound: The bound that the certified threshold reached.
+        in_scope_coverage: Accepted share of the in-scope rows it was certified on.
+        per_label: The statement holds for each predicted label by itself.
+        calibrated_at: Date and time, ISO 8601.
+    """
+
+    kind: str
+    procedure: str
+    target_risk: float
+    delta: float
+    out_of_scope_share: float
+    n: int
+    n_out_of_scope: int
+    risk_upper_bound: float
+    in_scope_coverage: float
+    per_label: bool
+    calibrated_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbstainGuarantee:
+    """With confidence 1 - delta, at most this share of in-scope questions is abstained from."""
+
+    max_in_scope_share: float
+    delta: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to accept an answer, when to abstain, and what stands behind it.
+
+    Attributes:
+        name: Name by which a request may ask for it; ``inline`` for one written in a request.
+        accept: Accept when every one of these limits is passed; None: never accept.
+        abstain: Abstain when any of these is not passed; empty: never abstain.
+        accept_by_label: Threshold of the first accept limit by predicted label, in place of the
+            limit's own; None as a threshold: never accept that label.
+        target_selective_risk: Error rate among accepted answers the limits were chosen for.
         chosen_on: Split, sizes, sampling and date of that choice; shown to the client as it is.
+        guarantee: The certificate; None: nothing is promised.
+        abstain_guarantee: What is promised about abstaining; None: nothing.
+        void: Why a stored certificate does not hold on this server; None when it does.
     """
 
     name: str
-    min_confidence: float
-    abstain_score: AbstainScore
-    abstain_threshold: float
-    abstain_above: bool
+    accept: tuple[Limit, ...] | None
+    abstain: tuple[Limit, ...] = ()
+    accept_by_label: Mapping[str, float | None] | None = None
     target_selective_risk: float | None = None
     chosen_on: Mapping[str, object] = field(default_factory=dict)
+    guarantee: Guarantee | None = None
+    abstain_guarantee: AbstainGuarantee | None = None
+    void: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UncertifiedTarget:
+    """A target risk that calibration could not certify, why, and how many more rows might do."""
+
+    target_risk: float
+    label: str | None
+    reason: str
+    more_labels: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionSetRule:
+    """A conformal rule: its sets hold the right label of in-scope questions with 1 - alpha."""
+
+    kind: Literal["lac", "aps"]
+    alpha: float
+    n: int
+    empirical_coverage: float
+    mean_size: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReference:
+    """Share of calibration rows at or below each edge; the edges are the server's buckets."""
+
+    edges: tuple[float, ...]
+    cdf: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceProfile:
+    """The traffic that an adapter was calibrated on.
+
+    Attributes:
+        n: Calibration rows.
+        scores: ``confidence``, ``label_mass``, and ``predictive_entropy`` and
+            ``mutual_information`` divided by ln C.
+        confidence_bin_edges: Ascending inner edges of the drift bins; a confidence is in the bin
+            whose number is the count of edges at or below it.
+        confidence_bin_shares: Share of the calibration rows in each bin, one more than edges.
+        labels: Share of each predicted label.
+        decisions: Share of each decision under the first policy.
+    """
+
+    n: int
+    scores: Mapping[str, ScoreReference]
+    confidence_bin_edges: tuple[float, ...]
+    confidence_bin_shares: tuple[float, ...]
+    labels: Mapping[str, float]
+    decisions: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCard:
+    """What calibration found out about an adapter.
+
+    Attributes:
+        date: When, ISO 8601.
+        n: Calibration rows.
+        n_out_of_scope: Those of them that are out of scope.
+        temperature: Softmax temperature in use; 1 leaves the probabilities alone.
+        prediction_sets: Stored rules; the first gives ``RowScores.prediction_set``.
+        uncertified: Targets without a certificate.
+        reference: What drift is measured against.
+        has_combined: Whether it stores the weights behind ``RowScores.combined``.
+        void: Why its promises do not hold on this server; None when they do.
+    """
+
+    date: str
+    n: int
+    n_out_of_scope: int
+    temperature: float
+    prediction_sets: tuple[PredictionSetRule, ...]
+    uncertified: tuple[UncertifiedTarget, ...]
+    reference: ReferenceProfile
+    has_combined: bool = False
+    void: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RiskCoveragePoint:
+    """What one accept threshold does on the stored certify rows.
+
+    Attributes:
+        threshold: In the score's own unit; values at least as sure are accepted.
+        coverage: Accepted share of all questions at the asked out-of-scope share.
+        in_scope_coverage: Accepted share of the in-scope questions.
+        selective_risk: Share of errors among accepted; None when nothing is accepted.
+        risk_upper_bound: Upper bound of it, valid at this one threshold with confidence 1 - delta.
+        n_accepted: Rows accepted, in scope and out.
+    """
+
+    threshold: float
+    coverage: float
+    in_scope_coverage: float
+    selective_risk: float | None
+    risk_upper_bound: float
+    n_accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEvaluation:
+    """What a policy would do on the stored certify rows, at an assumed out-of-scope share.
+
+    Shares are of all questions at that share; ``risk_upper_bound`` holds for this one policy with
+    confidence 1 - delta, if it was not picked by looking at the same rows.
+    """
+
+    n: int
+    n_out_of_scope: int
+    accept: float
+    review: float
+    abstain: float
+    in_scope_coverage: float
+    out_of_scope_accepted: float | None
+    selective_risk: float | None
+    risk_upper_bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +429,9 @@ class AdapterCard:
         mask_set: Id of the default sample set; None for point methods.
         selftest_max_abs_error: Largest difference from the stored golden probabilities; None when
             the adapter stores none.
+        out_of_scope_label: Name under which feedback may say "none of the labels"; None: no name.
+        dtype: Precision of the base model here, such as ``float32``.
+        calibration: What calibration found out; None before it.
     """
 
     name: str
@@ -242,6 +449,39 @@ class AdapterCard:
     prompt_sha256: str = ""
     mask_set: str | None = None
     selftest_max_abs_error: float | None = None
+    out_of_scope_label: str | None = None
+    dtype: str = "float32"
+    calibration: CalibrationCard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackRisk:
+    """What feedback says about the certificate of one policy.
+
+    Attributes:
+        adapter: Name of the adapter.
+        revision: Its revision.
+        policy: Name of the policy whose certificate held.
+        target_risk: Largest share of errors among accepted answers that it promises.
+        n: Accepted answers with a true label.
+        wrong: Those of them that were wrong.
+        risk_lower_bound: Lower confidence bound on their risk, valid however often it is looked at.
+        violated: Whether the feedback contradicts the certificate.
+    """
+
+    adapter: str
+    revision: str
+    policy: str
+    target_risk: float
+    n: int
+    wrong: int
+    risk_lower_bound: float
+    violated: bool
+
+    @property
+    def selective_risk(self) -> float:
+        """Share of errors among the accepted answers with a true label."""
+        return self.wrong / self.n
 
 
 class Engine(Protocol):
@@ -276,6 +516,30 @@ class Engine(Protocol):
 
     def mask_set(self, key: BatchKey) -> str | None:
         """Return the id of the sample set of this sampling; None where nothing is sampled."""
+        ...
+
+    def risk_coverage(
+        self, adapter: str, score: ScoreName, *, out_of_scope_share: float, delta: float
+    ) -> tuple[RiskCoveragePoint, ...]:
+        """Return the risk-coverage curve of a score on the stored certify rows, surest first.
+
+        At most some hundred points; may be called from any thread.
+
+        Raises:
+            NotCalibratedError: The adapter stores no calibration rows or not this score.
+            ValueError: The share asks for out-of-scope rows and none are stored.
+        """
+        ...
+
+    def evaluate_policy(
+        self, adapter: str, policy: Policy, *, out_of_scope_share: float, delta: float
+    ) -> PolicyEvaluation:
+        """Return what a policy would do on the stored certify rows; from any thread.
+
+        Raises:
+            NotCalibratedError: It stores no calibration rows, or not a score the policy limits.
+            ValueError: The share asks for out-of-scope rows and none are stored.
+        """
         ...
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from server.errors import ApiError
 from server.ports import AdapterCard, Policy
 
-__all__ = ["AdapterRegistry", "close_names", "find_policy"]
+__all__ = ["AdapterRegistry", "close_names", "find_policy", "quoted", "require_policy"]
 
 
 class AdapterRegistry:
@@ -55,24 +55,48 @@ class AdapterRegistry:
         )
 
 
-def find_policy(card: AdapterCard, name: str | None) -> Policy | None:
-    """Return the policy a request means: the named one, else the adapter's first, else None.
+def find_policy(card: AdapterCard, name: str) -> Policy:
+    """Return a policy by name.
 
     Raises:
         ApiError: 422 when the adapter has no policy of that name.
     """
-    if name is None:
-        return card.policies[0] if card.policies else None
     for policy in card.policies:
         if policy.name == name:
             return policy
-    names = [policy.name for policy in card.policies]
-    known = f"it has: {', '.join(names)}" if names else "it has none"
     raise ApiError(
         "unknown_policy",
-        f"adapter {card.name} has no policy {quoted(name)}; {known}",
-        errors=({"pointer": "#/policy/name", "close_names": names},),
+        f"adapter {card.name} has no policy {quoted(name)}; {_known_policies(card)}",
+        errors=(
+            {
+                "pointer": "#/policy/name",
+                "close_names": [policy.name for policy in card.policies],
+            },
+        ),
     )
+
+
+def require_policy(cards: Iterable[AdapterCard], locked: str | None) -> None:
+    """Check that a locked policy exists wherever it could be loosened.
+
+    An adapter without any policy sends everything to review, which nothing can loosen.
+
+    Raises:
+        ValueError: An adapter has policies, but none of that name.
+    """
+    for card in cards:
+        if locked is None or not card.policies:
+            continue
+        if locked not in {policy.name for policy in card.policies}:
+            raise ValueError(
+                f"locked_policy is {quoted(locked)}, but adapter {card.name} has no policy of that "
+                f"name; {_known_policies(card)}"
+            )
+
+
+def _known_policies(card: AdapterCard) -> str:
+    names = [policy.name for policy in card.policies]
+    return f"it has: {', '.join(names)}" if names else "it has none"
 
 
 def close_names(name: str, known: Iterable[str]) -> list[str]:

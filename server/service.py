@@ -13,29 +13,27 @@ from typing import cast
 from fastapi import Request
 
 from server.batching import Admission, Answer, BatchFailedError, DeadlinePassedError, Permit, Ticket
-from server.decision import Verdict, decide, missing_score
+from server.decision import Verdict
+from server.encoding import check_kind, encode
 from server.errors import ApiError
+from server.feedback import FeedbackStore, PredictionClaim, PredictionSigner, make_nonce
 from server.lifecycle import Lifecycle
 from server.logs import current_request_id
 from server.ports import (
     AdapterCard,
     BatchKey,
-    ChoiceQuestion,
     EncodedRow,
-    Engine,
     EngineStoppedError,
-    Policy,
-    Question,
-    RowRejectedError,
-    RowTooLongError,
+    RowScores,
     Sampling,
 )
-from server.registry import AdapterRegistry, find_policy
+from server.registry import AdapterRegistry
+from server.ruling import Ruling, rule
 from server.schemas import ClassifyRequest
 from server.settings import Settings
 from server.telemetry import Telemetry
 
-__all__ = ["Outcome", "Progress", "Service", "service_of"]
+__all__ = ["Outcome", "Progress", "Service", "service_of", "sign"]
 
 
 @dataclass(slots=True)
@@ -57,22 +55,22 @@ class Outcome:
     Attributes:
         card: The adapter that answered.
         key: Adapter and sampling.
-        policy: The rule that decided; None when the adapter has none.
+        ruling: The policy that decided, and what it promises here.
         rows: The encoded rows, in the order of the input.
         answer: Their scores and times.
         verdicts: Their decisions.
-        calibrated: Whether the policy was chosen for this sampling.
+        prediction_ids: Their signed ids.
         mask_set: Id of the sample set; None when nothing was sampled.
         tokenize_s: Time spent on encoding.
     """
 
     card: AdapterCard
     key: BatchKey
-    policy: Policy | None
+    ruling: Ruling
     rows: tuple[EncodedRow, ...]
     answer: Answer
     verdicts: tuple[Verdict, ...]
-    calibrated: bool
+    prediction_ids: tuple[str, ...]
     mask_set: str | None
     tokenize_s: float
 
@@ -87,6 +85,8 @@ class Service:
     admission: Admission
     lifecycle: Lifecycle
     encoders: ThreadPoolExecutor
+    signer: PredictionSigner
+    feedback: FeedbackStore | None
 
     async def classify(
         self, request: ClassifyRequest, permit: Permit, deadline_s: float, progress: Progress
@@ -107,8 +107,7 @@ class Service:
         engine = self.lifecycle.engine
         card = self.registry.find(request.model)
         sampling = resolve_sampling(request, card)
-        policy = find_policy(card, request.policy.name if request.policy else None)
-        check_policy(policy, sampling, card)
+        ruling = rule(card, request.policy, sampling, self.settings.locked_policy)
         questions = request.questions()
         check_kind(request, questions[0], card)
         permit.reserve_rows(len(questions))
@@ -126,25 +125,30 @@ class Service:
         ticket = Ticket(key, rows, deadline_s=deadline_s, request_id=current_request_id())
         answer = await self._ask(ticket, progress)
         verdicts = tuple(
-            decide(policy, scores, truncated=row.truncated)
+            ruling.decide(scores, truncated=row.truncated)
             for row, scores in zip(rows, answer.rows, strict=True)
         )
-        default = sampling == card.defaults
-        for row, scores, verdict in zip(rows, answer.rows, verdicts, strict=True):
-            self.telemetry.prediction(card, row, scores, verdict)
-            if default:
-                self.telemetry.drift(card, scores)
-        return Outcome(
+        outcome = Outcome(
             card=card,
             key=key,
-            policy=policy,
+            ruling=ruling,
             rows=rows,
             answer=answer,
             verdicts=verdicts,
-            calibrated=default and policy is not None,
+            prediction_ids=sign(self.signer, card, ruling, key.sampling, answer.rows, verdicts),
             mask_set=mask_set,
             tokenize_s=tokenize_s,
         )
+        self._observe(outcome)
+        return outcome
+
+    def _observe(self, outcome: Outcome) -> None:
+        """Count what was answered; rows of another sampling stay out of the drift metrics."""
+        answered = zip(outcome.rows, outcome.answer.rows, outcome.verdicts, strict=True)
+        for row, scores, verdict in answered:
+            self.telemetry.prediction(outcome.card, row, scores, verdict)
+            if outcome.ruling.default_sampling:
+                self.telemetry.drift(outcome.card, scores)
 
     async def _ask(self, ticket: Ticket, progress: Progress) -> Answer:
         progress.ticket = ticket
@@ -162,6 +166,37 @@ class Service:
             raise ApiError("internal_error", detail) from None
         except DeadlinePassedError:
             raise TimeoutError from None
+
+
+def sign(
+    signer: PredictionSigner,
+    card: AdapterCard,
+    ruling: Ruling,
+    sampling: Sampling,
+    rows: tuple[RowScores, ...],
+    verdicts: tuple[Verdict, ...],
+) -> tuple[str, ...]:
+    """Return the signed id of every row: what was answered, by whom, under which promise."""
+    issued_at = int(time.time())
+    claims = (
+        PredictionClaim(
+            adapter=card.name,
+            revision=card.revision,
+            label=scores.label,
+            confidence=scores.confidence,
+            decision=verdict.decision,
+            policy=ruling.policy.name if ruling.policy else None,
+            target_risk=ruling.target_risk,
+            num_samples=sampling.num_samples,
+            seed=sampling.seed,
+            estimator=sampling.estimator,
+            issued_at=issued_at,
+            nonce=make_nonce(),
+            default_sampling=ruling.default_sampling,
+        )
+        for scores, verdict in zip(rows, verdicts, strict=True)
+    )
+    return tuple(signer.sign(claim) for claim in claims)
 
 
 def service_of(request: Request) -> Service:
@@ -196,64 +231,3 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
         # one function has no seed; leaving the default lets such rows share batches
         seed=defaults.seed if single or request.seed is None else request.seed,
     )
-
-
-def check_policy(policy: Policy | None, sampling: Sampling, card: AdapterCard) -> None:
-    """Refuse a policy whose score this sampling cannot give.
-
-    Raises:
-        ApiError: 422 with the reason.
-    """
-    if policy is None:
-        return
-    missing = missing_score(policy, sampling, point_method=card.point_method)
-    if missing is not None:
-        raise ApiError(
-            "policy_not_applicable",
-            f"policy {policy.name} limits mutual_information, but {missing}",
-            errors=({"pointer": "#/policy"},),
-        )
-
-
-def check_kind(request: ClassifyRequest, question: Question, card: AdapterCard) -> None:
-    """Refuse texts for a multiple-choice adapter and questions for a text adapter.
-
-    Raises:
-        ApiError: 422 saying which form the adapter wants.
-    """
-    asked = "choice" if isinstance(question, ChoiceQuestion) else "text"
-    if asked == card.kind:
-        return
-    wanted = "a text" if card.kind == "text" else "an object with question and choices"
-    raise ApiError(
-        "invalid_request",
-        f"adapter {card.name} answers {card.kind} input: send {wanted} per row",
-        errors=({"pointer": request.pointer(0), "code": "wrong_input_form"},),
-    )
-
-
-def encode(
-    engine: Engine, card: AdapterCard, request: ClassifyRequest, questions: list[Question]
-) -> tuple[EncodedRow, ...]:
-    """Encode every row; runs in a thread.
-
-    Raises:
-        ApiError: 422 naming every row that cannot be encoded.
-    """
-    rows: list[EncodedRow] = []
-    faults: list[dict[str, object]] = []
-    for index, question in enumerate(questions):
-        try:
-            rows.append(engine.encode(card.name, question, request.truncate))
-        except RowTooLongError as error:
-            fault = {"code": "input_too_long", "limit": error.limit, "actual": error.actual}
-            details = {"detail": str(error), "unit": "tokens"}
-            faults.append({"pointer": request.pointer(index), **fault, **details})
-        except RowRejectedError as error:
-            fault = {"code": "input_rejected", "detail": str(error)}
-            faults.append({"pointer": request.pointer(index), **fault})
-    if faults:
-        code = "input_too_long" if faults[0]["code"] == "input_too_long" else "input_rejected"
-        detail = f"{faults[0]['pointer']}: {faults[0]['detail']}"
-        raise ApiError(code, detail, errors=tuple(faults))
-    return tuple(rows)

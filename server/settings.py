@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "unknown_environment"]
@@ -27,6 +27,11 @@ class Settings(BaseSettings):
     )
     deterministic: bool = Field(
         default=False, description="Run every row alone, so that answers are equal bit for bit."
+    )
+    locked_policy: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the policy that no request can loosen; none is locked if unset.",
     )
 
     # the socket and the process
@@ -77,6 +82,26 @@ class Settings(BaseSettings):
     )
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
 
+    # feedback
+    state_dir: Path | None = Field(
+        default=None,
+        description="What must outlive the process; $XDG_STATE_HOME/dalorra or "
+        "~/.local/state/dalorra if unset.",
+    )
+    feedback_url: SecretStr | None = Field(
+        default=None,
+        description="Database of true labels: postgresql://user:password@host/name, "
+        "sqlite:////path, or off; feedback.sqlite3 in the state directory if unset.",
+    )
+    feedback_retention_days: int = Field(
+        default=365, ge=1, le=36_500, description="Days that a true label is kept."
+    )
+    secret_file: Path | None = Field(
+        default=None,
+        description="File of secrets that sign prediction ids, one on each line, the first signs; "
+        "made in the state directory if unset.",
+    )
+
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if self.request_timeout_s > self.max_request_timeout_s:
@@ -91,10 +116,22 @@ class Settings(BaseSettings):
             )
         return self
 
+    @staticmethod
+    def default_state_dir() -> Path:
+        """Return where state belongs when no setting says otherwise.
+
+        Raises:
+            RuntimeError: This user has no home directory.
+        """
+        asked = Path(os.environ.get("XDG_STATE_HOME", ""))
+        # the XDG specification: a relative path is to be ignored
+        return (asked if asked.is_absolute() else Path.home() / ".local" / "state") / "dalorra"
+
 
 def unknown_environment() -> list[str]:
     """Return the ``DALORRA_`` variables that no setting reads: most likely misspelt."""
-    known = {f"DALORRA_{name.upper()}" for name in Settings.model_fields} | {"DALORRA_CACHE"}
+    known = {f"DALORRA_{name.upper()}" for name in Settings.model_fields}
+    known |= {"DALORRA_CACHE", "DALORRA_TEST_REQUIRE"}  # read elsewhere
     return sorted(
         name for name in os.environ if name.startswith("DALORRA_") and name.upper() not in known
     )

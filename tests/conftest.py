@@ -1,17 +1,27 @@
 """Shared by every test: markers from folders, golden files, one thread, no model hub.
 
-Nothing of ours is imported at the top: the shape checker must see each module's first import.
+Nothing of the product is imported at the top: the shape checker must see each module's first
+import.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-__all__ = ["golden", "pytest_addoption", "pytest_collection_modifyitems"]
+from tests.support.postgresql import PostgresServer, find_postgresql, postgresql_server
+from tests.support.required import require_or_skip
+
+__all__ = [
+    "database_url",
+    "golden",
+    "postgresql",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+]
 
 TESTS = Path(__file__).parent
 FOLDER_MARKERS = frozenset({"property", "golden", "integration", "benchmark"})
@@ -49,6 +59,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(getattr(pytest.mark, folder))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_device)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the server's state, where a test names no place for it, out of the home directory."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """Return a real PostgreSQL server of the session's own; see ``require_or_skip``."""
+    programs = find_postgresql()
+    require_or_skip("postgresql", programs)
+    assert programs is not None
+    with postgresql_server(programs) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty database, of each kind that feedback can be kept in."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'feedback.sqlite3'}"
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    return server.make_database()
 
 
 @pytest.fixture

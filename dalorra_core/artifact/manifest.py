@@ -6,22 +6,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from dalorra_core.artifact.calibration_record import Calibration, Policy
 from dalorra_core.config import MethodConfig, PredictiveConfig
 
 __all__ = [
     "FORMAT_VERSION",
     "BaseRef",
-    "ChosenOn",
     "GoldenProbe",
     "LabelsRef",
     "Manifest",
     "ModuleRef",
-    "Policy",
     "PromptRef",
     "manifest_digest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -63,40 +62,6 @@ class PromptRef(_Part):
     max_tokens: int = Field(ge=2)
 
 
-class ChosenOn(_Part):
-    """The held-out rows and the predictive a policy's thresholds were chosen with."""
-
-    split: str
-    n: int
-    n_out_of_scope: int
-    num_samples: int
-    seed: int
-    estimator: Literal["monte_carlo", "mean_mask"]
-    dtype: str
-    date: str
-    selective_risk: float | None
-    coverage: float
-
-
-class Policy(_Part):
-    """Thresholds that turn uncertainty into accept, review or abstain.
-
-    accept: confidence >= min_confidence and the abstain score is not past its threshold;
-    abstain: the abstain score is past its threshold; review: everything between.
-    ``target_selective_risk`` was met empirically on ``chosen_on``; ``guarantee`` stays null until
-    a certificate is made.
-    """
-
-    name: str
-    min_confidence: float
-    abstain_score: Literal["predictive_entropy", "confidence", "mutual_information", "label_mass"]
-    abstain_threshold: float
-    abstain_above: bool
-    target_selective_risk: float
-    chosen_on: ChosenOn
-    guarantee: None = None
-
-
 class GoldenProbe(_Part):
     """A stored question and the probabilities the default predictive gave for it in float32."""
 
@@ -108,7 +73,7 @@ class GoldenProbe(_Part):
 class Manifest(_Part):
     """Everything about an adapter but its tensors."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
     description: str = ""
     method: MethodConfig
@@ -120,6 +85,7 @@ class Manifest(_Part):
     prompt: PromptRef
     predictive: PredictiveConfig
     policies: tuple[Policy, ...] = ()
+    calibration: Calibration | None = None
     golden: tuple[GoldenProbe, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     files: dict[str, str]

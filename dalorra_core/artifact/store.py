@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,26 +17,31 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-from dalorra_core.artifact.manifest import FORMAT_VERSION, Manifest, manifest_digest
+from dalorra_core.artifact.manifest import Manifest, manifest_digest
+from dalorra_core.artifact.migrations import check_version, migrated
 from dalorra_core.errors import (
     ArtifactCorruptError,
     ArtifactError,
     ArtifactMissingFileError,
     ArtifactUnsafeError,
-    ArtifactVersionError,
 )
 
 __all__ = [
     "ADAPTER_FILE",
     "MANIFEST_FILE",
     "Artifact",
+    "calibration_file_name",
     "load_artifact",
     "pack_tensors",
     "save_artifact",
+    "update_artifact",
 ]
 
 MANIFEST_FILE = "manifest.json"
 ADAPTER_FILE = "adapter.safetensors"
+
+_CALIBRATION_FILES = "calibration-*.safetensors"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 _UNSAFE_SUFFIXES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 
@@ -49,12 +55,14 @@ class Artifact:
         tensors: Parameters in float32, under the names of ``AdapterState.params``.
         sha256: Of adapter.safetensors; keys the mask streams and names the revision.
         directory: Where it was read from.
+        calibration_scores: What was measured on each calibration row; None before calibration.
     """
 
     manifest: Manifest
     tensors: Mapping[str, Tensor]
     sha256: str
     directory: Path
+    calibration_scores: Mapping[str, Tensor] | None = None
 
     @property
     def revision(self) -> str:
@@ -80,6 +88,11 @@ def pack_tensors(params: Mapping[str, Tensor]) -> bytes:
     )
 
 
+def calibration_file_name(content: bytes) -> str:
+    """Return the name of a file of calibration scores; it says what is in it."""
+    return f"calibration-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+
+
 def save_artifact(
     directory: Path, manifest: Manifest, adapter: bytes, *, overwrite: bool = False
 ) -> None:
@@ -87,34 +100,94 @@ def save_artifact(
 
     Args:
         directory: Target; must not exist unless ``overwrite``.
-        manifest: Its ``files`` entry is replaced by the hash of ``adapter``.
+        manifest: Not calibrated; its ``files`` entry is replaced by the hash of ``adapter``.
         adapter: Bytes from ``pack_tensors`` (or of an artifact already stored).
         overwrite: Replace an existing artifact.
 
     Raises:
-        ArtifactError: If the target exists and may not be replaced, or is no artifact.
+        ArtifactError: If the target exists and may not be replaced, or is no artifact, or the
+            manifest is calibrated (other tensors need another calibration).
     """
+    if manifest.calibration is not None:
+        raise ArtifactError(
+            f"{manifest.name} is calibrated; write it without its calibration, then calibrate it"
+        )
     if directory.exists():
         if not overwrite:
             raise ArtifactError(f"{directory} already exists; pass --overwrite to replace it")
         if any(directory.iterdir()) and not (directory / MANIFEST_FILE).is_file():
             raise ArtifactError(f"{directory} is not an adapter directory; it will not be replaced")
-    files = {ADAPTER_FILE: hashlib.sha256(adapter).hexdigest()}
-    values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
-    values["manifest_sha256"] = manifest_digest(values)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        for name, content in ((ADAPTER_FILE, adapter), (MANIFEST_FILE, _manifest_bytes(values))):
-            with (scratch / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        _write(scratch / ADAPTER_FILE, adapter)
+        files = {ADAPTER_FILE: hashlib.sha256(adapter).hexdigest()}
+        _write(scratch / MANIFEST_FILE, _sealed(manifest, files))
         _move_into_place(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def update_artifact(directory: Path, manifest: Manifest, calibration: bytes | None = None) -> None:
+    """Replace an artifact's manifest and calibration scores, never its tensors.
+
+    The scores are written first, under a name made of their content; then the manifest that speaks
+    of them takes the old one's place; then older scores go. Whenever this ends, be it by a power
+    cut, the directory is a whole artifact: the old one or the new one.
+
+    Args:
+        directory: An artifact.
+        manifest: Its new manifest; ``files`` is filled in here.
+        calibration: Scores that ``manifest.calibration`` speaks of; None keeps those in place.
+
+    Raises:
+        ArtifactError: If the directory is no sound artifact, or the manifest speaks of scores that
+            are neither given nor there.
+    """
+    current = load_artifact(directory)
+    files = {ADAPTER_FILE: current.sha256}
+    if manifest.calibration is not None:
+        name = manifest.calibration.scores_file
+        if calibration is None:
+            there = current.manifest.files
+        else:
+            there = {calibration_file_name(calibration): hashlib.sha256(calibration).hexdigest()}
+        if name not in there:
+            raise ArtifactError(f"the manifest speaks of {name}, got {', '.join(there)}")
+        files[name] = there[name]
+        if calibration is not None and current.manifest.files.get(name) != files[name]:
+            _replace(directory / name, calibration)
+    _replace(directory / MANIFEST_FILE, _sealed(manifest, files))
+    for file in (*directory.glob(_CALIBRATION_FILES), *directory.glob(".*.writing")):
+        if file.name not in files:
+            file.unlink()
+
+
+def _sealed(manifest: Manifest, files: dict[str, str]) -> bytes:
+    values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+    values["manifest_sha256"] = manifest_digest(values)
+    return _manifest_bytes(values)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in place whole or not at all, even if the power fails."""
+    scratch = path.with_name(f".{path.name}.writing")
+    _write(scratch, content)
+    scratch.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _move_into_place(scratch: Path, directory: Path) -> None:
@@ -154,18 +227,40 @@ def load_artifact(directory: Path) -> Artifact:
                 "never read. An artifact consists of JSON and safetensors only"
             )
     manifest = _read_manifest(directory)
-    content = _read(directory, ADAPTER_FILE)
-    sha256 = hashlib.sha256(content).hexdigest()
-    expected = manifest.files.get(ADAPTER_FILE)
-    if sha256 != expected:
+    contents = _read_files(directory, manifest.files)
+    tensors = {n: v.float() for n, v in _parsed(directory, ADAPTER_FILE, contents).items()}
+    scores = None
+    if manifest.calibration is not None:
+        scores = _parsed(directory, manifest.calibration.scores_file, contents)
+    return Artifact(manifest, tensors, manifest.files[ADAPTER_FILE], directory, scores)
+
+
+def _read_files(directory: Path, files: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the content of every listed file; each must have the sha256 that is listed."""
+    contents = {}
+    for name, expected in files.items():
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ArtifactCorruptError(
+                f"{directory / MANIFEST_FILE} lists {name!r}, which is no plain file name"
+            )
+        contents[name] = _read(directory, name)
+        found = hashlib.sha256(contents[name]).hexdigest()
+        if found != expected:
+            raise ArtifactCorruptError(
+                f"{directory / name} has sha256 {found}, the manifest says {expected}"
+            )
+    return contents
+
+
+def _parsed(directory: Path, name: str, contents: Mapping[str, bytes]) -> dict[str, Tensor]:
+    if name not in contents:
         raise ArtifactCorruptError(
-            f"{directory / ADAPTER_FILE} has sha256 {sha256}, the manifest says {expected}"
+            f"{directory / MANIFEST_FILE} needs {name} and does not list it under files"
         )
     try:
-        tensors = {name: value.float() for name, value in load_tensors(content).items()}
+        return load_tensors(contents[name])
     except SafetensorError as error:
-        raise ArtifactCorruptError(f"{directory / ADAPTER_FILE} cannot be read: {error}") from error
-    return Artifact(manifest, tensors, sha256, directory)
+        raise ArtifactCorruptError(f"{directory / name} cannot be read: {error}") from error
 
 
 def _read(directory: Path, name: str) -> bytes:
@@ -186,11 +281,7 @@ def _read_manifest(directory: Path) -> Manifest:
         raise ArtifactCorruptError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or "format_version" not in values:
         raise ArtifactCorruptError(f"{path} is not a manifest: it has no format_version")
-    if values["format_version"] != FORMAT_VERSION:
-        raise ArtifactVersionError(
-            f"{path} has format version {values['format_version']}, this program reads version "
-            f"{FORMAT_VERSION}; use a newer Dalorra"
-        )
+    check_version(values["format_version"], path)
     digest = values.pop("manifest_sha256", None)
     found = manifest_digest(values)
     if digest != found:
@@ -202,6 +293,6 @@ def _read_manifest(directory: Path) -> Manifest:
             f"{path} was changed: it says the same, but not byte for byte as it was written"
         )
     try:
-        return Manifest.model_validate(values)
+        return Manifest.model_validate(migrated(values))
     except ValidationError as error:
         raise ArtifactCorruptError(f"{path} is not a valid manifest: {error}") from error

@@ -12,10 +12,7 @@ from torch import Tensor
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import UncertaintySummary
 
-__all__ = ["NOTHING_ACCEPTED", "NOTHING_ANSWERED", "Thresholds", "choose_thresholds"]
-
-NOTHING_ACCEPTED = 2.0
-"""``min_confidence`` when no threshold meets the target: above every possible confidence."""
+__all__ = ["NOTHING_ANSWERED", "Thresholds", "choose_thresholds"]
 
 NOTHING_ANSWERED = -1.0
 """``abstain_threshold`` when refusing every row is best: below every possible entropy."""
@@ -29,14 +26,14 @@ class Thresholds:
     """What ``choose_thresholds`` found.
 
     Attributes:
-        min_confidence: Accept from here on; ``NOTHING_ACCEPTED`` when the target cannot be met.
+        min_confidence: Accept from here on; None when the target cannot be met.
         abstain_threshold: Abstain where the predictive entropy, in nats, is above it;
             ``NOTHING_ANSWERED`` when every row is best refused.
         selective_risk: Errors among the accepted held-out rows; None when none are accepted.
         coverage: Accepted share of the held-out rows.
     """
 
-    min_confidence: float
+    min_confidence: float | None
     abstain_threshold: float
     selective_risk: float | None
     coverage: float
@@ -77,7 +74,7 @@ def choose_thresholds(
     is_last[:-1] = confidence[:-1] > confidence[1:]
     allowed = (is_last & (errors / accepted <= target_selective_risk)).nonzero().flatten()
     if not len(allowed):
-        return Thresholds(NOTHING_ACCEPTED, abstain_threshold, None, 0.0)
+        return Thresholds(None, abstain_threshold, None, 0.0)
     k = int(allowed[-1])
     risk = float(errors[k] / accepted[k])
     return Thresholds(float(confidence[k]), abstain_threshold, risk, (k + 1) / len(labels))

@@ -1,7 +1,8 @@
-"""The core's commands: train, evaluate, predict and inspect. The server adds serve."""
+"""The core's commands: train, evaluate, calibrate, predict and inspect. The server adds serve."""
 
 import typer
 
+from dalorra_core.cli.calibrate import calibrate_command
 from dalorra_core.cli.evaluate import evaluate_command
 from dalorra_core.cli.inspect import inspect_command
 from dalorra_core.cli.predict import predict_command
@@ -16,5 +17,6 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+app.command("calibrate")(calibrate_command)
 app.command("predict")(predict_command)
 app.command("inspect")(inspect_command)

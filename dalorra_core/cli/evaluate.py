@@ -1,6 +1,7 @@
 """``dalorra evaluate``."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,10 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from dalorra_core.calibration.decisions import scores_behind, scores_needed
+from dalorra_core.calibration.scores import score_table
+from dalorra_core.calibration.split import overlap
+from dalorra_core.calibration.stored_rows import StoredRows
 from dalorra_core.cli.console import errors_as_exit, note, row_progress
 from dalorra_core.cli.options import (
     AdapterArgument,
@@ -20,7 +25,7 @@ from dalorra_core.cli.options import (
     plan_from,
 )
 from dalorra_core.data.collate import EncodedExample
-from dalorra_core.data.examples import gold_label
+from dalorra_core.data.examples import Example, gold_label
 from dalorra_core.data.readers import read_source
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import summarise
@@ -61,6 +66,13 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
         Path | None,
         typer.Option(help="Write each row's label, mean probabilities and scores as safetensors."),
     ] = None,
+    allow_calibration_rows: Annotated[  # noqa: FBT002  a command-line flag
+        bool,
+        typer.Option(
+            "--allow-calibration-rows",
+            help="Score rows that calibrated the adapter too; the result flatters it.",
+        ),
+    ] = False,
     base: BaseOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -70,10 +82,12 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     Prints accuracy, NLL, ECE (15 bins, with the ECE that a perfectly calibrated model would show
     on as many rows), Brier score, AURC and AUGRC over the in-scope rows; the AUROC with which
     confidence, predictive entropy and mutual information find errors and out-of-scope rows; and
-    what the adapter's default policy decides. Intervals are 95 % bootstrap over rows: they know
-    nothing of training noise.
+    what each of the adapter's policies decides, beside the risk it was certified for. Shares and
+    risks are at the data's own share of out-of-scope rows; a certificate speaks of traffic with at
+    most its own. Intervals are 95 % bootstrap over rows: they know nothing of training noise.
 
-    Rows with the adapter's out-of-scope label test rejection. Any other unknown label is an error.
+    Rows with the adapter's out-of-scope label test rejection. Any other unknown label is an error,
+    and so are rows that calibrated the adapter.
 
     **Examples**
 
@@ -86,7 +100,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     with errors_as_exit():
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
         plan = plan_from(predictor, num_samples, seed, estimator)
-        rows = _rows(predictor, data, split)
+        rows = _rows(predictor, data, split, allow_calibration_rows=allow_calibration_rows)
         with row_progress("scoring", len(rows)) as advance:
             prediction = predictor.predict(rows, plan, on_progress=advance)
         labels = torch.tensor([row.label for row in rows])
@@ -106,13 +120,11 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "estimator": plan.estimator,
             "mask_set": predictor.mask_set(plan),
             "dtype": str(predictor.dtype).removeprefix("torch."),
+            "temperature": predictor.temperature,
+            "out_of_scope_share": float((labels < 0).double().mean()),
             "truncated_rows": sum(row.truncated for row in rows),
             **report.to_json(),
-            "policies": [
-                decision_table(prediction, labels, policy)
-                for policy in predictor.manifest.policies
-                if not (predictor.point_method and policy.abstain_score == "mutual_information")
-            ],
+            "policies": _policies(predictor, prediction, labels),
         }
         _show(result)
         if output is not None:
@@ -122,7 +134,40 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             _save_scores(scores, prediction, labels)
 
 
-def _rows(predictor: Predictor, data: str, split: str) -> list[EncodedExample]:
+def _policies(
+    predictor: Predictor, prediction: Prediction, labels: torch.Tensor
+) -> list[dict[str, str | float | None]]:
+    """Return what each policy decides; one that needs a score not measured here is named."""
+    table = score_table(prediction, labels)
+    if predictor.combined is not None and scores_behind(predictor.combined) <= set(table.scores):
+        table = score_table(prediction, labels, predictor.combined)
+    tables = []
+    for policy in predictor.manifest.policies:
+        missing = scores_needed(policy) - set(table.scores)
+        if missing:
+            note(f"policy {policy.name} is left out: {', '.join(sorted(missing))} not measured")
+        else:
+            tables.append(decision_table(table, policy, predictor.labels))
+    return tables
+
+
+def _refuse_calibration_rows(predictor: Predictor, examples: Sequence[Example]) -> None:
+    """Rows that chose the thresholds say nothing about how good the thresholds are."""
+    stored = predictor.artifact.calibration_scores
+    if stored is None:
+        return
+    seen = overlap(examples, StoredRows.from_tensors(stored).digest)
+    if seen:
+        raise DataError(
+            f"{len(seen)} of {len(examples)} rows calibrated this adapter, the first is "
+            f"{seen[0]!r}; an evaluation on them flatters it. Use other rows, or pass "
+            "--allow-calibration-rows"
+        )
+
+
+def _rows(
+    predictor: Predictor, data: str, split: str, *, allow_calibration_rows: bool
+) -> list[EncodedExample]:
     outside = predictor.manifest.labels.out_of_scope_label
     known = {*predictor.labels, outside}
     examples = read_source(data, split)
@@ -135,6 +180,8 @@ def _rows(predictor: Predictor, data: str, split: str) -> list[EncodedExample]:
             )
     if not examples:
         raise ConfigError(f"{data} split {split} has no rows")
+    if not allow_calibration_rows:
+        _refuse_calibration_rows(predictor, examples)
     return [predictor.encode(example, truncate="end") for example in examples]
 
 
@@ -157,7 +204,8 @@ def _show(result: dict[str, Any]) -> None:
     typer.echo(
         f"{result['adapter']} ({result['method']}, revision {result['revision']}), split "
         f"{result['split']}: {result['num_in_scope']} in scope, {result['num_out_of_scope']} out; "
-        f"{result['estimator']}, M = {result['num_samples']}, seed {result['seed']}"
+        f"{result['estimator']}, M = {result['num_samples']}, seed {result['seed']}, "
+        f"temperature {result['temperature']:.4f}"
     )
     if result["truncated_rows"]:
         typer.echo(f"  {result['truncated_rows']} rows were too long and cut at their end")
@@ -171,8 +219,15 @@ def _show(result: dict[str, Any]) -> None:
             line += f"  (perfectly calibrated: {floor:.4f} +- {spread:.4f})"
         typer.echo(line)
     for policy in result["policies"]:
-        typer.echo(f"  policy {policy['policy']}:")
+        target, share = policy["target_risk"], policy["certified_out_of_scope_share"]
+        promise = (
+            "no certificate"
+            if target is None
+            else f"certified: risk <= {target:g} at <= {share:g} out of scope; here "
+            f"{result['out_of_scope_share']:.4f} is"
+        )
+        typer.echo(f"  policy {policy['policy']} ({promise}):")
         for name, value in policy.items():
-            if name != "policy":
+            if name not in ("policy", "target_risk", "certified_out_of_scope_share"):
                 shown = "undefined" if value is None else f"{value:.4f}"
                 typer.echo(f"    {name:<30} {shown}")

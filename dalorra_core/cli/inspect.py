@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dalorra_core.adapters.inject import LM_HEAD
-from dalorra_core.artifact.store import ADAPTER_FILE, MANIFEST_FILE, Artifact, load_artifact
+from dalorra_core.artifact.calibration_record import Calibration
+from dalorra_core.artifact.store import MANIFEST_FILE, Artifact, load_artifact
+from dalorra_core.cli.calibration_summary import policy_text
 from dalorra_core.cli.console import errors_as_exit
 from dalorra_core.cli.options import AdapterArgument
 from dalorra_core.methods import METHODS
-from dalorra_core.predictive.predictor import state_of
+from dalorra_core.predictive.matching import state_of
 
 __all__ = ["inspect_command"]
 
@@ -53,7 +55,8 @@ def inspect_command(
 
 
 def _sizes(artifact: Artifact) -> dict[str, int]:
-    return {n: (artifact.directory / n).stat().st_size for n in (ADAPTER_FILE, MANIFEST_FILE)}
+    names = (MANIFEST_FILE, *sorted(artifact.manifest.files))
+    return {name: (artifact.directory / name).stat().st_size for name in names}
 
 
 def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
@@ -78,13 +81,9 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
     for name, text in lines.items():
         console.print(f"{name:<11}{text}")
     for policy in m.policies:
-        console.print(
-            f"{'policy':<11}{policy.name}: accept from confidence {policy.min_confidence:.4f}, "
-            f"abstain where {policy.abstain_score} {'>' if policy.abstain_above else '<'} "
-            f"{policy.abstain_threshold:.4f}; target selective risk "
-            f"{policy.target_selective_risk:g} on {policy.chosen_on.n} rows of "
-            f"{policy.chosen_on.split}; guarantee: none"
-        )
+        console.print(f"{'policy':<11}{policy_text(policy)}")
+    if m.calibration is not None:
+        console.print(f"{'calibrated':<11}{_calibration_text(m.calibration)}")
     for name in (
         "created_at",
         "dalorra",
@@ -102,6 +101,16 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
         console.print(f"{'keep prob':<11}quantiles  {quantiles}")
         table = _keep_table(artifact, summary)
         Console(width=12 + 16 * len(table.columns)).print(table)
+
+
+def _calibration_text(c: Calibration) -> str:
+    sets = ", ".join(f"{s.kind} {1 - s.alpha:g}" for s in c.prediction_sets)
+    without = ", ".join(f"{u.target_risk:g}" for u in c.uncertified if u.label is None)
+    return (
+        f"{c.date} on {c.rows.n} rows of {c.rows.source} ({c.rows.n_out_of_scope} out of scope), "
+        f"temperature {c.temperature.value:.4f}, prediction sets: {sets}"
+        + (f"; not certified: {without}" if without else "")
+    )
 
 
 def _compact(value: object) -> str:

@@ -9,11 +9,9 @@ from typing import Any, Literal, Self
 
 import torch
 
-from dalorra_core.adapters.inject import TargetSpec
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.adapters.state import AdapterState
+from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
-from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.data.encode import EncodedExample, Truncation, encode
@@ -21,18 +19,15 @@ from dalorra_core.data.examples import Example
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.data.prompts import PromptTemplate
 from dalorra_core.data.rows import parse_row
-from dalorra_core.errors import (
-    ArtifactCorruptError,
-    BaseMismatchError,
-    ConfigError,
-    GoldenProbeError,
-)
+from dalorra_core.errors import ConfigError, GoldenProbeError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.scoring import Prediction, padded_token_limit, score_rows
+from dalorra_core.predictive.matching import check_base, state_of
+from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
+from dalorra_core.predictive.tempering import tempered
 
-__all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan", "state_of", "tokenizer_sha256"]
+__all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
 
 GOLDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest accepted difference of a golden probe's probabilities, by dtype.
@@ -63,39 +58,6 @@ class SamplingPlan:
         """Refuse an empty mixture."""
         if self.num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
-
-
-def tokenizer_sha256(directory: Path) -> str:
-    """Return the sha256 of a model directory's tokenizer.json, or of its vocabulary files."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    found = [directory / n for n in names if (directory / n).is_file()]
-    digest = hashlib.sha256()
-    for path in found[:1] if found and found[0].name == "tokenizer.json" else found:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def state_of(artifact: Artifact) -> AdapterState:
-    """Return the adapter's explicit state; refuse tensors that do not fit the manifest.
-
-    Raises:
-        ArtifactCorruptError: Naming the tensor, its shape and the expected one.
-    """
-    manifest = artifact.manifest
-    specs = tuple(TargetSpec(m.name, m.d_in, m.d_out, m.layer) for m in manifest.modules)
-    expected = METHODS[manifest.method.name].init(specs, manifest.r, 0, manifest.method)
-    if sorted(expected) != sorted(artifact.tensors):
-        missing = sorted(set(expected) ^ set(artifact.tensors))[:5]
-        raise ArtifactCorruptError(
-            f"{artifact.directory}: tensors do not match the manifest's modules: {missing}"
-        )
-    for name, value in expected.items():
-        if value.shape != artifact.tensors[name].shape:
-            raise ArtifactCorruptError(
-                f"{artifact.directory}: tensor {name} has shape "
-                f"{tuple(artifact.tensors[name].shape)}, expected {tuple(value.shape)}"
-            )
-    return AdapterState(specs, manifest.r, manifest.lora_alpha / manifest.r, artifact.tensors)
 
 
 class Predictor:
@@ -158,7 +120,7 @@ class Predictor:
         """
         artifact = load_artifact(Path(adapter_dir))
         directory = resolve_base_model(base if base is not None else artifact.manifest.base.id)
-        _check_base(artifact, directory)
+        check_base(artifact, directory)
         where = pick_device(device)
         model = load_model(directory, where, pick_dtype(dtype, where))
         predictor = cls(
@@ -192,6 +154,18 @@ class Predictor:
     def point_method(self) -> bool:
         """True when there is one function only, hence no epistemic part."""
         return not self.method.stochastic
+
+    @property
+    def temperature(self) -> float:
+        """Softmax temperature of the artifact's calibration; 1 before it."""
+        found = self.manifest.calibration
+        return 1.0 if found is None else found.temperature.value
+
+    @property
+    def combined(self) -> CombinedScore | None:
+        """The fitted score of the artifact's calibration, where there is one."""
+        found = self.manifest.calibration
+        return None if found is None else found.combined
 
     @property
     def default_plan(self) -> SamplingPlan:
@@ -256,6 +230,7 @@ class Predictor:
         plan: SamplingPlan | None = None,
         *,
         label_mass: bool = True,
+        calibrated: bool = True,
         on_progress: Callable[[int], None] | None = None,
     ) -> Prediction:
         """Return the label log-probabilities of every sample for every row.
@@ -264,6 +239,7 @@ class Predictor:
             rows: At least one encoded row.
             plan: Which predictive; None for the artifact's default.
             label_mass: Also compute the share of the label tokens in the full vocabulary.
+            calibrated: Apply the temperature that the artifact stores.
             on_progress: Called with the number of rows finished since the last call.
         """
         pack = self.pack(plan if plan is not None else self.default_plan)
@@ -279,12 +255,7 @@ class Predictor:
             )
             for part in ([[row] for row in rows] if self.deterministic else [rows])
         ]
-        if len(parts) == 1:
-            return parts[0]
-        masses = [p.label_mass for p in parts if p.label_mass is not None]
-        return Prediction(
-            torch.cat([p.log_probs for p in parts], dim=1), torch.cat(masses) if masses else None
-        )
+        return tempered(joined(parts), self.temperature if calibrated else 1.0)
 
     def self_test(self) -> float:
         """Return the largest difference to the stored probabilities; 0 when none are stored."""
@@ -292,7 +263,9 @@ class Predictor:
         for probe in self.manifest.golden:
             example = parse_row({"id": probe.id, **probe.row}, require_labels=False)
             row = self.encode(example, truncate="end")  # as when the probe was stored
-            probs = self.predict([row], label_mass=False).log_probs.double().exp().mean(0)[0]
+            # Probes were stored before any temperature was known.
+            answer = self.predict([row], label_mass=False, calibrated=False)
+            probs = answer.log_probs.double().exp().mean(0)[0]
             stored = torch.tensor(probe.probs, dtype=torch.float64)
             worst = max(worst, float((probs - stored).abs().max()))
         return worst
@@ -309,18 +282,3 @@ class Predictor:
 
 
 _PACKS_KEPT = 8
-
-
-def _check_base(artifact: Artifact, directory: Path) -> None:
-    expected, found = artifact.manifest.base.fingerprint, fingerprint(directory)
-    if found != expected:
-        raise BaseMismatchError(
-            f"{artifact.directory} was trained on {artifact.manifest.base.id} with fingerprint "
-            f"{expected}; the base model in {directory} has {found}"
-        )
-    expected, found = artifact.manifest.base.tokenizer_sha256, tokenizer_sha256(directory)
-    if found != expected:
-        raise BaseMismatchError(
-            f"{artifact.directory} was trained with the tokenizer {expected}; the one in "
-            f"{directory} is {found}"
-        )

@@ -11,7 +11,7 @@ from dalorra_core.data.collate import EncodedExample, collate
 from dalorra_core.objectives.elbo import label_log_probs
 from dalorra_core.predictive.forward import LabelModel
 
-__all__ = ["Prediction", "padded_token_limit", "plan_chunks", "score_rows"]
+__all__ = ["Prediction", "joined", "padded_token_limit", "plan_chunks", "score_rows"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class Prediction:
 
     log_probs: Tensor
     label_mass: Tensor | None
+
+
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """Return the rows of several predictions of the same M as one, in order."""
+    masses = [part.label_mass for part in parts if part.label_mass is not None]
+    return Prediction(
+        torch.cat([part.log_probs for part in parts], dim=1), torch.cat(masses) if masses else None
+    )
 
 
 def padded_token_limit(device: torch.device) -> int:

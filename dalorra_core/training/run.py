@@ -14,14 +14,13 @@ from pydantic import JsonValue
 from dalorra_core import __version__
 from dalorra_core.adapters.inject import TargetSpec, find_targets
 from dalorra_core.adapters.state import label_rows_only
+from dalorra_core.artifact.calibration_record import ChosenOn, Limit, Policy
 from dalorra_core.artifact.manifest import (
     BaseRef,
-    ChosenOn,
     GoldenProbe,
     LabelsRef,
     Manifest,
     ModuleRef,
-    Policy,
     PromptRef,
 )
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
@@ -34,7 +33,8 @@ from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.predictor import Predictor, tokenizer_sha256
+from dalorra_core.predictive.matching import tokenizer_sha256
+from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.loop import TrainingResult, train
 from dalorra_core.training.prepare import (
@@ -259,12 +259,11 @@ def default_policy(
     """Return the policy ``default`` chosen on these held-out answers."""
     plan = predictor.default_plan
     chosen = choose_thresholds(summarise(log_probs), labels, TARGET_SELECTIVE_RISK)
+    accept = chosen.min_confidence
     return Policy(
         name="default",
-        min_confidence=chosen.min_confidence,
-        abstain_score="predictive_entropy",
-        abstain_threshold=chosen.abstain_threshold,
-        abstain_above=True,
+        accept=None if accept is None else Limit(score="confidence", threshold=accept),
+        abstain=Limit(score="predictive_entropy", threshold=chosen.abstain_threshold),
         target_selective_risk=TARGET_SELECTIVE_RISK,
         chosen_on=ChosenOn(
             split=split or "",

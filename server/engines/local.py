@@ -2,19 +2,19 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from dalorra_core.artifact.manifest import Policy as StoredPolicy
-from dalorra_core.data.encode import EncodedExample
 from dalorra_core.data.examples import Choice, ChoiceExample, Example, TextExample
 from dalorra_core.errors import DataError, InputError, InputTooLongError
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
-from dalorra_core.predictive.scoring import Prediction, padded_token_limit
+from dalorra_core.predictive.scoring import padded_token_limit
+from server.engines.answers import Calibrated, Row, score_batch
+from server.engines.cards import adapter_card
+from server.engines.certify_rows import CertifyRows
 from server.ports import (
     AdapterCard,
     BatchKey,
@@ -22,32 +22,20 @@ from server.ports import (
     ChoiceQuestion,
     EncodedRow,
     EngineFatalError,
+    NotCalibratedError,
     Policy,
+    PolicyEvaluation,
     Question,
+    RiskCoveragePoint,
     RowRejectedError,
-    RowScores,
     RowTooLongError,
     Sampling,
+    ScoreName,
     TextQuestion,
     Truncate,
 )
 
 __all__ = ["LocalEngine"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """What this engine keeps of an encoded question.
-
-    Attributes:
-        example: Its tokens.
-        labels: Its labels, in the order of the answer.
-        columns: Their places in the adapter's label set.
-    """
-
-    example: EncodedExample
-    labels: tuple[str, ...]
-    columns: tuple[int, ...]
 
 
 class LocalEngine:
@@ -68,6 +56,8 @@ class LocalEngine:
         self._dtype = dtype
         self._deterministic = deterministic
         self._loaded: Predictor | None = None
+        self._certify_rows: CertifyRows | None = None
+        self._calibrated = Calibrated()
 
     @property
     def _predictor(self) -> Predictor:
@@ -97,7 +87,10 @@ class LocalEngine:
         summarise(
             torch.zeros(2, 1, 2).log_softmax(-1)
         )  # its first call is slow; the probes skip it
-        return (self._card(self._loaded),)
+        self._certify_rows = CertifyRows.of(self._loaded.artifact)
+        card = adapter_card(self._loaded)
+        self._calibrated = _calibrated(self._loaded, card)
+        return (card,)
 
     def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
         """Return a question as tokens.
@@ -119,7 +112,7 @@ class LocalEngine:
             if isinstance(question, ChoiceQuestion)
             else names
         )
-        row = _Row(example, labels, tuple(names.index(label) for label in labels))
+        row = Row(example, labels, tuple(names.index(label) for label in labels))
         return EncodedRow(len(example.token_ids), example.truncated, row)
 
     def run_batch(self, key: BatchKey, rows: Sequence[EncodedRow]) -> BatchScores:
@@ -140,7 +133,7 @@ class LocalEngine:
             raise
         forward_s = time.perf_counter() - began_s
         single = predictor.point_method or key.sampling.estimator == "mean_mask"
-        scores = _score(prediction, payloads, single=single)
+        scores = score_batch(prediction, payloads, self._calibrated, single=single)
         return BatchScores(scores, forward_s, time.perf_counter() - began_s - forward_s)
 
     def mask_set(self, key: BatchKey) -> str | None:
@@ -150,72 +143,46 @@ class LocalEngine:
             return None
         return predictor.mask_set(_plan(key.sampling))
 
+    def risk_coverage(
+        self, adapter: str, score: ScoreName, *, out_of_scope_share: float, delta: float
+    ) -> tuple[RiskCoveragePoint, ...]:
+        """Return the risk-coverage curve of a score on the certify rows.
+
+        Raises:
+            NotCalibratedError: There are no stored rows, or they do not have this score.
+            ValueError: The share asks for out-of-scope rows and none are stored.
+        """
+        return self._rows_of(adapter).curve(score, out_of_scope_share, delta)
+
+    def evaluate_policy(
+        self, adapter: str, policy: Policy, *, out_of_scope_share: float, delta: float
+    ) -> PolicyEvaluation:
+        """Return what a policy would do on the certify rows.
+
+        Raises:
+            NotCalibratedError: There are no stored rows, or not a score that the policy limits.
+            ValueError: The share asks for out-of-scope rows and none are stored.
+        """
+        return self._rows_of(adapter).evaluate(policy, out_of_scope_share, delta)
+
     def close(self) -> None:
         """Let go of the model."""
         self._loaded = None
+        self._certify_rows = None
+
+    def _rows_of(self, adapter: str) -> CertifyRows:
+        self._predictor_of(adapter)
+        if self._certify_rows is None:
+            raise NotCalibratedError(
+                f"adapter {adapter} stores no calibration rows; dalorra calibrate adds them"
+            )
+        return self._certify_rows
 
     def _predictor_of(self, adapter: str) -> Predictor:
         predictor = self._predictor
         if adapter != predictor.manifest.name:
             raise RowRejectedError(f"adapter {adapter} is not loaded")
         return predictor
-
-    def _card(self, predictor: Predictor) -> AdapterCard:
-        manifest = predictor.manifest
-        plan = predictor.default_plan
-        defaults = Sampling(
-            num_samples=1 if predictor.point_method else plan.num_samples,
-            seed=plan.seed,
-            estimator=plan.estimator,
-            design=plan.design,
-        )
-        return AdapterCard(
-            name=manifest.name,
-            revision=predictor.revision,
-            kind=predictor.kind,
-            labels=predictor.labels,
-            method=manifest.method.name,
-            point_method=predictor.point_method,
-            base=_public_name(manifest.base.id),
-            base_fingerprint=manifest.base.fingerprint,
-            max_tokens=predictor.max_tokens,
-            defaults=defaults,
-            policies=tuple(_policy(policy) for policy in manifest.policies),
-            prompt=manifest.prompt.name,
-            prompt_sha256=manifest.prompt.sha256,
-            mask_set=self.mask_set(BatchKey(manifest.name, defaults)),
-            selftest_max_abs_error=predictor.self_test() if manifest.golden else None,
-        )
-
-
-def _score(prediction: Prediction, payloads: list[_Row], *, single: bool) -> tuple[RowScores, ...]:
-    """Return the scores of every row; ``single`` says that there is one function only."""
-    log_probs = prediction.log_probs  # (M, B, C)
-    allowed = torch.tensor([len(payload.columns) for payload in payloads])  # (B,)
-    summary = summarise(log_probs, allowed)
-    if not torch.isfinite(summary.predictive_entropy).all():
-        raise FloatingPointError("the model gave probabilities that are not finite")
-    probs = summary.mean_probs.tolist()  # (B, C)
-    samples = log_probs.double().exp().tolist()  # (M, B, C)
-    mass = prediction.label_mass.tolist() if prediction.label_mass is not None else None
-    return tuple(
-        RowScores(
-            labels=payload.labels,
-            probs=tuple(probs[b][column] for column in payload.columns),
-            confidence=summary.confidence[b].item(),
-            label_mass=None if mass is None else mass[b],
-            predictive_entropy=summary.predictive_entropy[b].item(),
-            normalized_entropy=summary.normalized_entropy[b].item(),
-            variation_ratio=summary.variation_ratio[b].item(),
-            expected_entropy=None if single else summary.expected_entropy[b].item(),
-            mutual_information=None if single else summary.mutual_information[b].item(),
-            confidence_std=None if single else summary.confidence_std[b].item(),
-            samples=tuple(
-                tuple(sample[b][column] for column in payload.columns) for sample in samples
-            ),
-        )
-        for b, payload in enumerate(payloads)
-    )
 
 
 _ROW_ID = "request"  # the core names rows in its errors; a client knows its own by their pointer
@@ -228,8 +195,8 @@ def _example(question: Question) -> Example:
     return ChoiceExample(_ROW_ID, question.question, question.context, choices)
 
 
-def _payload(row: EncodedRow) -> _Row:
-    if not isinstance(row.payload, _Row):
+def _payload(row: EncodedRow) -> Row:
+    if not isinstance(row.payload, Row):
         raise TypeError("the row was encoded by another engine")
     return row.payload
 
@@ -240,18 +207,10 @@ def _plan(sampling: Sampling) -> SamplingPlan:
     return SamplingPlan(sampling.num_samples, sampling.seed, sampling.estimator, "iid")
 
 
-def _policy(stored: StoredPolicy) -> Policy:
-    return Policy(
-        name=stored.name,
-        min_confidence=stored.min_confidence,
-        abstain_score=stored.abstain_score,
-        abstain_threshold=stored.abstain_threshold,
-        abstain_above=stored.abstain_above,
-        target_selective_risk=stored.target_selective_risk,
-        chosen_on=stored.chosen_on.model_dump(mode="json"),
-    )
-
-
-def _public_name(base: str) -> str:
-    """Return a base model's name without the directories of the host it was trained on."""
-    return PurePath(base).name if base.startswith(("/", "~", ".")) else base
+def _calibrated(predictor: Predictor, card: AdapterCard) -> Calibrated:
+    """Return what calibration adds to answers; a coverage that is void here is not shown."""
+    stored = predictor.manifest.calibration
+    if stored is None or card.calibration is None:
+        return Calibrated()
+    holds = card.calibration.void is None and bool(stored.prediction_sets)
+    return Calibrated(stored.combined, stored.prediction_sets[0] if holds else None)

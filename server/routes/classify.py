@@ -14,7 +14,8 @@ from server.errors import ApiError
 from server.middleware import arrival_s
 from server.parsing import check_body_headers, parse_request, read_body
 from server.routes.documents import error_documents
-from server.routes.present import policy_card, present_rows, sampling_card
+from server.routes.present import present_rows, sampling_card
+from server.routes.receipts import policy_card, prediction_sets_card
 from server.schemas import ClassifyRequest, ClassifyResponse
 from server.schemas.examples import CLASSIFY_EXAMPLES
 from server.schemas.responses import Timings, Usage
@@ -161,7 +162,7 @@ def _count_rejection(service: Service, error: ApiError) -> None:
 
 
 def _respond(request: ClassifyRequest, outcome: Outcome) -> Response:
-    answer, card = outcome.answer, outcome.card
+    answer, card, ruling = outcome.answer, outcome.card, outcome.ruling
     model = f"{card.name}:{card.revision}"
     tokens = sum(row.num_tokens for row in outcome.rows)
     timings = Timings(
@@ -175,7 +176,8 @@ def _respond(request: ClassifyRequest, outcome: Outcome) -> Response:
         created=int(time.time()),
         model=model,
         data=present_rows(request, outcome),
-        policy=policy_card(outcome.policy) if outcome.policy else None,
+        policy=policy_card(ruling.policy, ruling.combined_with) if ruling.policy else None,
+        prediction_sets=prediction_sets_card(card) if ruling.default_sampling else None,
         sampling=sampling_card(outcome.key.sampling, outcome.card, outcome.mask_set),
         usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         timings=timings if "timings" in request.include else None,

@@ -1,63 +1,48 @@
 """From the server's values to the bodies of answers: no decisions, no HTTP."""
 
-from server.ports import AdapterCard, Policy, RowScores, Sampling
+from server.ports import AdapterCard, RowScores, Sampling
+from server.routes.receipts import calibration_section, stored_policy_card
 from server.schemas import ClassifyRequest, ModelCard
-from server.schemas.responses import (
-    AbstainRule,
-    Limits,
-    PolicyCard,
-    Row,
-    SamplingCard,
-    Thresholds,
-    TopLabel,
-    Uncertainty,
-)
+from server.schemas.responses import Limits, Row, SamplingCard, TopLabel, Uncertainty
 from server.service import Outcome
 from server.settings import Settings
 
-__all__ = ["model_card", "policy_card", "present_rows", "sampling_card"]
+__all__ = ["model_card", "present_rows", "sampling_card"]
 
 
 def present_rows(request: ClassifyRequest, outcome: Outcome) -> list[Row]:
     """Return the answered rows, in the order of the input."""
-    answered = zip(outcome.answer.rows, outcome.rows, outcome.verdicts, request.ids(), strict=True)
+    answered = zip(
+        *(outcome.answer.rows, outcome.rows, outcome.verdicts, outcome.prediction_ids),
+        request.ids(),
+        strict=True,
+    )
+    default = outcome.ruling.default_sampling  # another sampling has no calibrated sets
     return [
         Row(
             index=index,
             id=row_id,
+            prediction_id=prediction_id,
             label=scores.label,
             labels=list(scores.labels),
             probs=list(scores.probs),
             num_classes=len(scores.labels),
             confidence=scores.confidence,
             label_mass=scores.label_mass,
+            combined_score=scores.combined,
             uncertainty=_uncertainty(scores),
+            prediction_set=_set(scores) if default else None,
             decision=verdict.decision,
             reasons=list(verdict.reasons),
-            calibrated=outcome.calibrated,
+            calibrated=outcome.ruling.calibrated,
             truncated=row.truncated,
             top=_top(scores, request.top_k),
             samples=[list(sample) for sample in scores.samples]
             if "samples" in request.include
             else None,
         )
-        for index, (scores, row, verdict, row_id) in enumerate(answered)
+        for index, (scores, row, verdict, prediction_id, row_id) in enumerate(answered)
     ]
-
-
-def policy_card(policy: Policy) -> PolicyCard:
-    """Return a policy as clients see it."""
-    abstain = AbstainRule(
-        score=policy.abstain_score,
-        threshold=policy.abstain_threshold,
-        above=policy.abstain_above,
-    )
-    return PolicyCard(
-        name=policy.name,
-        thresholds=Thresholds(confidence=policy.min_confidence, abstain=abstain),
-        target_selective_risk=policy.target_selective_risk,
-        chosen_on=dict(policy.chosen_on),
-    )
 
 
 def sampling_card(sampling: Sampling, card: AdapterCard, mask_set: str | None) -> SamplingCard:
@@ -87,7 +72,11 @@ def model_card(card: AdapterCard, settings: Settings, created: int) -> ModelCard
         prompt=card.prompt,
         prompt_sha256=card.prompt_sha256,
         sampling=sampling_card(card.defaults, card, card.mask_set),
-        policies=[policy_card(policy) for policy in card.policies],
+        dtype=card.dtype,
+        out_of_scope_label=card.out_of_scope_label,
+        policies=[stored_policy_card(policy) for policy in card.policies],
+        locked_policy=settings.locked_policy,
+        calibration=calibration_section(card.calibration) if card.calibration else None,
         limits=Limits(
             max_rows=settings.max_rows,
             max_text_chars=settings.max_text_chars,
@@ -108,6 +97,10 @@ def _uncertainty(scores: RowScores) -> Uncertainty:
         variation_ratio=scores.variation_ratio,
         confidence_std=scores.confidence_std,
     )
+
+
+def _set(scores: RowScores) -> list[str] | None:
+    return None if scores.prediction_set is None else list(scores.prediction_set)
 
 
 def _top(scores: RowScores, top_k: int | None) -> list[TopLabel] | None:

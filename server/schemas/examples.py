@@ -1,6 +1,6 @@
 """Requests shown in the OpenAPI document; a test sends every one of them."""
 
-__all__ = ["CLASSIFY_EXAMPLES"]
+__all__ = ["CLASSIFY_EXAMPLES", "EVALUATE_EXAMPLES"]
 
 CLASSIFY_EXAMPLES: dict[str, dict[str, object]] = {
     "one_text": {
@@ -32,6 +32,13 @@ CLASSIFY_EXAMPLES: dict[str, dict[str, object]] = {
         "summary": "One deterministic pass, without epistemic scores",
         "value": {"input": "book a table for two", "estimator": "mean_mask"},
     },
+    "policy_limits": {
+        "summary": "Limits of your own, without a guarantee",
+        "value": {
+            "input": "book a table for two",
+            "policy": {"min_confidence": 0.9, "abstain": {"max_predictive_entropy": 1.0}},
+        },
+    },
     "question": {
         "summary": "Multiple choice (needs a multiple-choice adapter)",
         "value": {
@@ -56,5 +63,19 @@ CLASSIFY_EXAMPLES: dict[str, dict[str, object]] = {
                 }
             ]
         },
+    },
+}
+
+EVALUATE_EXAMPLES: dict[str, dict[str, object]] = {
+    "limits": {
+        "summary": "Limits of your own, with a tenth of the questions out of scope",
+        "value": {
+            "policy": {"min_confidence": 0.9, "abstain": {"max_predictive_entropy": 1.0}},
+            "out_of_scope_share": 0.1,
+        },
+    },
+    "named": {
+        "summary": "A policy of the adapter",
+        "value": {"policy": {"name": "default"}, "delta": 0.05},
     },
 }

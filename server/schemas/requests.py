@@ -1,72 +1,45 @@
 """The body of ``POST /v1/classify``. Unknown fields are errors; nothing is silently ignored."""
 
-import re
 import string
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     FiniteFloat,
     StrictBool,
     StrictInt,
-    StrictStr,
     Tag,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from server.ports import ChoiceOption, ChoiceQuestion, Question, TextQuestion
+from server.schemas.fields import Clean, Name, Strict, Text
+from server.schemas.policies import FORM_TAGS, PolicyForm
 
 __all__ = [
     "ClassifyRequest",
-    "PolicyChoice",
     "QuestionItem",
     "TextItem",
     "field_names",
     "is_union_tag",
 ]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_CHOICES = len(string.ascii_uppercase)
 # Tags name the branches of a union; "<" cannot begin a field name, so pointers can leave them out
 _STRING, _TEXT, _QUESTION, _LIST, _LABELLED = "<string>", "<text>", "<question>", "<list>", "<obj>"
 
 
-def _clean(text: str) -> str:
-    if "\x00" in text:
-        raise PydanticCustomError("nul_character", "must not contain a NUL character")
-    if _SURROGATE.search(text):
-        raise PydanticCustomError("lone_surrogate", "must not contain a lone surrogate")
-    return text
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("empty_text", "must not be empty or only white space")
-    return _clean(text)
-
-
-Clean = Annotated[StrictStr, AfterValidator(_clean)]
-Text = Annotated[StrictStr, AfterValidator(_not_blank)]
-Name = Annotated[StrictStr, AfterValidator(_not_blank), Field(max_length=128)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextItem(_Strict):
+class TextItem(Strict):
     """A text with the client's own id, which is sent back."""
 
     id: Name | None = None
     text: Text
 
 
-class ChoiceItem(_Strict):
+class ChoiceItem(Strict):
     """One possible answer with its own label."""
 
     label: Name
@@ -83,7 +56,7 @@ Choice = Annotated[
 ]
 
 
-class QuestionItem(_Strict):
+class QuestionItem(Strict):
     """A question with 2 to 26 answers; answers given as strings get the letters A, B, C ..."""
 
     id: Name | None = None
@@ -146,13 +119,7 @@ Metadata = Annotated[
 ]
 
 
-class PolicyChoice(_Strict):
-    """Which of the adapter's policies decides."""
-
-    name: Name
-
-
-class ClassifyRequest(_Strict):
+class ClassifyRequest(Strict):
     """One or more texts to classify, or questions to answer, with one adapter."""
 
     model: Name | None = Field(
@@ -184,8 +151,14 @@ class ClassifyRequest(_Strict):
         default=None,
         description="Picks the set of posterior samples. Same seed and revision, same answer.",
     )
-    policy: PolicyChoice | None = Field(
-        default=None, description="Decision rule; the adapter's first policy if left out."
+    policy: PolicyForm | None = Field(
+        default=None,
+        description=(
+            "Decision rule, in one of three forms: a policy of the adapter by `name`; `max_risk`, "
+            "which takes the certified policy with the largest target risk up to it; or limits of "
+            "your own, which carry no guarantee. If left out: the server's locked policy, else the "
+            "adapter's first. Where a policy is locked, another can only be stricter."
+        ),
     )
     top_k: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None,
@@ -242,16 +215,19 @@ def _question(item: str | TextItem | QuestionItem) -> Question:
 
 def is_union_tag(part: object) -> bool:
     """Whether a part of a validation error's location names a branch and no field."""
-    return part in (_STRING, _TEXT, _QUESTION, _LIST, _LABELLED)
+    return isinstance(part, str) and part.startswith("<") and part in _TAGS
 
 
-def field_names(location: tuple[Any, ...]) -> list[str]:
+def field_names(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     """Return the fields allowed beside the one at this location (for close names)."""
-    tags: dict[object, type[BaseModel]] = {
-        _TEXT: TextItem,
-        _QUESTION: QuestionItem,
-        _LABELLED: ChoiceItem,
-        "policy": PolicyChoice,
-    }
-    known = [tags[part] for part in location[:-1] if part in tags]
-    return list((known[-1] if known else ClassifyRequest).model_fields)
+    known = [_FIELDS_AT[part] for part in location[:-1] if part in _FIELDS_AT]
+    return list((known[-1] if known else root).model_fields)
+
+
+_FIELDS_AT: dict[object, type[BaseModel]] = {
+    _TEXT: TextItem,
+    _QUESTION: QuestionItem,
+    _LABELLED: ChoiceItem,
+    **FORM_TAGS,
+}
+_TAGS = {_STRING, _LIST, *_FIELDS_AT}

@@ -5,21 +5,25 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.decision import Decision, Reason
+from server.schemas.receipts import (
+    Body,
+    CalibrationSection,
+    PolicyCard,
+    PredictionSetsCard,
+    StoredPolicyCard,
+)
 
 __all__ = [
-    "AbstainRule",
     "ClassifyResponse",
     "HealthResponse",
     "Limits",
     "ModelCard",
     "ModelList",
     "OpenAIError",
-    "PolicyCard",
     "Problem",
     "ProblemFault",
     "Row",
     "SamplingCard",
-    "Thresholds",
     "Timings",
     "TopLabel",
     "Uncertainty",
@@ -28,11 +32,7 @@ __all__ = [
 ]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Uncertainty(_Body):
+class Uncertainty(Body):
     """How unsure the answer is, in nats where a unit applies. Higher is less sure."""
 
     predictive_entropy: float = Field(description="H[E p]: all uncertainty; 0 to ln num_classes.")
@@ -55,18 +55,21 @@ class Uncertainty(_Body):
     unit: Literal["nats"] = "nats"
 
 
-class TopLabel(_Body):
+class TopLabel(Body):
     """A label and its probability."""
 
     label: str
     prob: float
 
 
-class Row(_Body):
+class Row(Body):
     """The answer to one row of the input."""
 
     index: int = Field(description="Place of the row in the input, from 0.")
     id: str | None = Field(description="The client's id of the row; null when it gave none.")
+    prediction_id: str = Field(
+        description="Signed id of this answer: send it to `/v1/feedback` with the true label."
+    )
     label: str = Field(description="The most probable label.")
     labels: list[str] = Field(description="All labels, in label order (or the row's choices).")
     probs: list[float] = Field(description="Probability of each of `labels`; they sum to 1.")
@@ -75,13 +78,28 @@ class Row(_Body):
     label_mass: float | None = Field(
         description="Probability of all labels together under the whole vocabulary. A diagnostic."
     )
+    combined_score: float | None = Field(
+        description=(
+            "Calibrated estimate that the label is right and the question in scope, 0 to 1. Null "
+            "when the adapter stores no such score."
+        )
+    )
     uncertainty: Uncertainty
+    prediction_set: list[str] | None = Field(
+        description=(
+            "Labels among which the right one is, most probable first; `prediction_sets` says how "
+            "often. Null without such a rule, or when the sampling is not the calibrated one."
+        )
+    )
     decision: Decision = Field(
         description="`accept` the label, let a person `review` it, or `abstain` from answering."
     )
     reasons: list[Reason] = Field(description="Why not `accept`; empty exactly when accepted.")
     calibrated: bool = Field(
-        description="Whether the policy was chosen for exactly this way of sampling."
+        description=(
+            "Whether a policy of the adapter decided alone, with exactly the sampling and on the "
+            "kind of server that it was chosen for."
+        )
     )
     truncated: bool = Field(description="Whether a part of the text was cut away.")
     top: list[TopLabel] | None = Field(default=None, description="With `top_k`: the best labels.")
@@ -90,36 +108,7 @@ class Row(_Body):
     )
 
 
-class AbstainRule(_Body):
-    """Abstain when the score is above (or below) the threshold."""
-
-    score: str
-    threshold: float
-    above: bool
-
-
-class Thresholds(_Body):
-    """The numbers of a policy."""
-
-    confidence: float = Field(description="Accept at or above this confidence; above 1: never.")
-    abstain: AbstainRule
-
-
-class PolicyCard(_Body):
-    """The rule that decided, and the data it was chosen on."""
-
-    name: str
-    thresholds: Thresholds
-    target_selective_risk: float | None = Field(
-        description="Error rate among accepted answers that the confidence threshold aims at."
-    )
-    chosen_on: dict[str, object] = Field(description="Split, sizes, sampling and date.")
-    guarantee: None = Field(
-        default=None, description="A statistical certificate; null: the thresholds carry none."
-    )
-
-
-class SamplingCard(_Body):
+class SamplingCard(Body):
     """What was sampled. Send the same values again for the same answer."""
 
     num_samples: int
@@ -129,14 +118,14 @@ class SamplingCard(_Body):
     design: str
 
 
-class Usage(_Body):
+class Usage(Body):
     """Tokens of the prompts, padding and samples not counted."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class Timings(_Body):
+class Timings(Body):
     """Seconds per stage; a stage shared with other requests counts in full."""
 
     queue_s: float
@@ -145,7 +134,7 @@ class Timings(_Body):
     uq_s: float
 
 
-class ClassifyResponse(_Body):
+class ClassifyResponse(Body):
     """The answers, in the order of the input."""
 
     id: str
@@ -154,13 +143,16 @@ class ClassifyResponse(_Body):
     model: str = Field(description="Adapter and revision that answered.")
     data: list[Row]
     policy: PolicyCard | None = Field(description="Null when the adapter has no policy.")
+    prediction_sets: PredictionSetsCard | None = Field(
+        description="The rule behind each `prediction_set`; null when there is none."
+    )
     sampling: SamplingCard
     usage: Usage
     timings: Timings | None = None
     metadata: dict[str, str | bool | int | float | None] | None = None
 
 
-class Limits(_Body):
+class Limits(Body):
     """The most one request may ask for."""
 
     max_rows: int
@@ -170,7 +162,7 @@ class Limits(_Body):
     max_body_bytes: int
 
 
-class ModelCard(_Body):
+class ModelCard(Body):
     """One loaded adapter."""
 
     id: str
@@ -187,27 +179,35 @@ class ModelCard(_Body):
     prompt: str
     prompt_sha256: str
     sampling: SamplingCard = Field(description="What a request gets that does not say otherwise.")
-    policies: list[PolicyCard]
+    dtype: str = Field(description="Precision of the base model here.")
+    out_of_scope_label: str | None = Field(
+        description="Name under which feedback may say that none of the labels is right."
+    )
+    policies: list[StoredPolicyCard]
+    locked_policy: str | None = Field(
+        description="Policy that no request can loosen; null when none is locked."
+    )
+    calibration: CalibrationSection | None = Field(description="Null before `dalorra calibrate`.")
     limits: Limits
     selftest_max_abs_error: float | None = Field(
         description="Largest difference from the stored golden probabilities, at load."
     )
 
 
-class ModelList(_Body):
+class ModelList(Body):
     """All loaded adapters."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class HealthResponse(_Body):
+class HealthResponse(Body):
     """A probe that passed."""
 
     status: Literal["ok"] = "ok"
 
 
-class VersionResponse(_Body):
+class VersionResponse(Body):
     """What runs here."""
 
     version: str
@@ -229,7 +229,7 @@ class ProblemFault(BaseModel):
     close_names: list[str] | None = None
 
 
-class OpenAIError(_Body):
+class OpenAIError(Body):
     """The same error in the form OpenAI clients read."""
 
     message: str
@@ -238,7 +238,7 @@ class OpenAIError(_Body):
     code: str
 
 
-class Problem(_Body):
+class Problem(Body):
     """Every error: RFC 9457, ``application/problem+json``."""
 
     type: str

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.ports import Limit
 from tests.support.api import Api, async_test, running
 from tests.support.fake_engine import POLICY, QUIZ, TOPICS, TOPICS_POINT, FakeEngine
 
@@ -102,9 +103,106 @@ SCHEMA = [
     Bad("unknown extra", {"input": "x", "include": ["logits"]}, pointer="#/include/0"),
     Bad("unknown truncation", {"input": "x", "truncate": "middle"}, pointer="#/truncate"),
     Bad(
-        "inline policy",
-        {"input": "x", "policy": {"min_confidence": 0.1}},
+        "a policy of two forms",
+        {"input": "x", "policy": {"name": "default", "max_risk": 0.05}},
+        pointer="#/policy",
+        fault="policy_forms",
+        says='{"max_risk": ...}',
+    ),
+    Bad(
+        "a named policy with limits",
+        {"input": "x", "policy": {"name": "default", "min_confidence": 0.5}},
+        pointer="#/policy",
+        fault="policy_forms",
+    ),
+    Bad(
+        "a target risk with limits",
+        {"input": "x", "policy": {"max_risk": 0.1, "abstain": {"min_confidence": 0.5}}},
+        pointer="#/policy",
+        fault="policy_forms",
+    ),
+    Bad("a policy as a text", {"input": "x", "policy": "default"}, pointer="#/policy"),
+    Bad("a policy as a list", {"input": "x", "policy": []}, pointer="#/policy"),
+    Bad(
+        "a policy without limits",
+        {"input": "x", "policy": {}},
+        pointer="#/policy",
+        fault="no_limit",
+        says="needs at least one limit of min_confidence, max_predictive_entropy",
+    ),
+    Bad(
+        "a policy that only abstains",
+        {"input": "x", "policy": {"abstain": {"max_predictive_entropy": 1.0}}},
+        pointer="#/policy",
+        fault="no_limit",
+    ),
+    Bad(
+        "a policy that abstains by nothing",
+        {"input": "x", "policy": {"min_confidence": 0.5, "abstain": {}}},
+        pointer="#/policy/abstain",
+        fault="no_limit",
+    ),
+    Bad(
+        "an unknown limit",
+        {"input": "x", "policy": {"min_confidense": 0.5}},
+        pointer="#/policy/min_confidense",
+        fault="unknown_field",
+        says="did you mean min_confidence",
+    ),
+    Bad(
+        "an unknown field beside a name",
+        {"input": "x", "policy": {"name": "default", "risk": 0.5}},
+        pointer="#/policy/risk",
+        fault="unknown_field",
+        says="allowed: name",
+    ),
+    Bad(
+        "an unknown limit to abstain by",
+        {"input": "x", "policy": {"min_confidence": 0.5, "abstain": {"max_entropy": 1}}},
+        pointer="#/policy/abstain/max_entropy",
+        fault="unknown_field",
+        says="did you mean max_predictive_entropy",
+    ),
+    Bad(
+        "abstaining within abstaining",
+        {"input": "x", "policy": {"min_confidence": 0.5, "abstain": {"abstain": {}}}},
+        pointer="#/policy/abstain/abstain",
+        fault="unknown_field",
+    ),
+    Bad(
+        "a policy's name as a number",
+        {"input": "x", "policy": {"name": 3}},
         pointer="#/policy/name",
+    ),
+    *(
+        Bad(
+            f"{name} of {value!r}",
+            {"input": "x", "policy": {name: value}},
+            pointer=f"#/policy/{name}",
+        )
+        for name, values in {
+            "max_risk": (0, 1, -0.1, "0.05", True, None),
+            "min_confidence": (-0.1, 1.1, "high", True, [0.5]),
+            "max_predictive_entropy": (-1, "1"),
+            "max_mutual_information": (-1e-9,),
+            "min_label_mass": (2,),
+            "min_combined": (1.5,),
+        }.items()
+        for value in values
+    ),
+    Bad(
+        "a limit on a score that is not stored",
+        {"input": "x", "policy": {"min_combined": 0.5}},
+        code="policy_not_applicable",
+        pointer="#/policy",
+        says="policy 'inline' limits the combined score, but the adapter stores none",
+    ),
+    Bad(
+        "a target risk of an adapter that is not calibrated",
+        {"input": "x", "policy": {"max_risk": 0.05}},
+        code="not_certified",
+        pointer="#/policy/max_risk",
+        says="it has no certified policy; dalorra calibrate makes them",
     ),
     Bad(
         "metadata that is no plain value",
@@ -296,6 +394,10 @@ async def test_lone_surrogates(content: bytes, pointer: str) -> None:
     [
         (b'{"input": "x", "num_samples": 1e999}', "#/num_samples"),
         (b'{"input": "x", "metadata": {"a": -1e999}}', "#/metadata/a"),
+        (
+            b'{"input": "x", "policy": {"max_predictive_entropy": 1e999}}',
+            "#/policy/max_predictive_entropy",
+        ),
     ],
 )
 @async_test
@@ -456,7 +558,7 @@ async def test_several_samples_of_a_point_method() -> None:
 
 @async_test
 async def test_a_policy_on_mutual_information_needs_samples() -> None:
-    policy = replace(POLICY, abstain_score="mutual_information", abstain_threshold=0.5)
+    policy = replace(POLICY, abstain=(Limit("mutual_information", 0.5),))
     async with running(FakeEngine(replace(TOPICS, policies=(policy,)))) as api:
         for override in ({"num_samples": 1}, {"estimator": "mean_mask"}):
             response = await api.classify({"input": "x", **override})

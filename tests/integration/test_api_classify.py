@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.api import Api, async_test, running, until
+from tests.support.api import Api, async_test, running, same_answer, until
 from tests.support.fake_engine import QUIZ, TOPICS, TOPICS_POINT, FakeEngine
 
+REVISION = {"adapter": "topics", "revision": "3f9a00112233"}
 QUESTION = {"question": "which is a mammal", "choices": ["trout", "whale", "lizard"]}
 
 
@@ -19,7 +20,8 @@ async def test_the_whole_answer_to_one_text() -> None:
         assert response.status_code == 200
         body = response.json()
         assert body.keys() == {
-            *("id", "object", "created", "model", "data", "policy", "sampling", "usage")
+            *("id", "object", "created", "model", "data", "policy", "prediction_sets"),
+            *("sampling", "usage"),
         }
         assert body["id"].startswith("classify-")
         assert (body["object"], body["model"]) == ("list", "topics:3f9a00112233")
@@ -34,8 +36,9 @@ async def test_the_whole_answer_to_one_text() -> None:
         assert body["policy"] == {
             "name": "default",
             "thresholds": {
-                "confidence": 0.8,
-                "abstain": {"score": "predictive_entropy", "threshold": 1.0, "above": True},
+                "accept": [{"score": "confidence", "threshold": 0.8, "passes": "at_least"}],
+                "abstain": [{"score": "predictive_entropy", "threshold": 1.0, "passes": "at_most"}],
+                "by_label": None,
             },
             "target_selective_risk": 0.05,
             "chosen_on": {
@@ -45,12 +48,18 @@ async def test_the_whole_answer_to_one_text() -> None:
                 "num_samples": 4,
             },
             "guarantee": None,
+            "abstain_guarantee": None,
+            "void": None,
+            "combined_with": None,
         }
+        assert body["prediction_sets"] is None
         (row,) = body["data"]
         assert row.keys() == {
-            *("index", "id", "label", "labels", "probs", "num_classes", "confidence"),
-            *("label_mass", "uncertainty", "decision", "reasons", "calibrated", "truncated"),
+            *("index", "id", "prediction_id", "label", "labels", "probs", "num_classes"),
+            *("confidence", "label_mass", "combined_score", "uncertainty", "prediction_set"),
+            *("decision", "reasons", "calibrated", "truncated"),
         }
+        assert (row["combined_score"], row["prediction_set"]) == (None, None)
         assert (row["index"], row["id"], row["num_classes"]) == (0, None, 3)
         assert row["labels"] == ["billing", "fraud", "other"]
         assert sum(row["probs"]) == pytest.approx(1)
@@ -96,9 +105,9 @@ async def test_an_invalid_request_id_is_replaced(bad: str) -> None:
 @async_test
 async def test_the_alias_gives_the_same_answer() -> None:
     async with running() as api:
-        first = (await api.classify({"input": "hello"})).json()
-        second = (await api.client.post("/classify", json={"input": "hello"})).json()
-        assert first["data"] == second["data"]
+        first = await api.classify({"input": "hello"})
+        second = await api.client.post("/classify", json={"input": "hello"})
+        assert same_answer(first) == same_answer(second)
 
 
 @async_test
@@ -160,7 +169,7 @@ async def test_metadata_comes_back() -> None:
 @async_test
 async def test_an_answer_does_not_depend_on_what_shares_its_batch() -> None:
     async with running() as api:
-        alone = (await api.classify({"input": "same text"})).json()["data"][0]
+        alone = same_answer(await api.classify({"input": "same text"}))[0]
         api.engine.gate.clear()
         blocker = asyncio.create_task(api.classify({"input": "blocker"}))
         await until(api.engine.entered.is_set)
@@ -168,7 +177,7 @@ async def test_an_answer_does_not_depend_on_what_shares_its_batch() -> None:
         tasks = [asyncio.create_task(api.classify(body)) for body in bodies]
         await until(lambda: api.service.lifecycle.batcher.num_waiting == 4)
         api.engine.gate.set()
-        answers = [(await task).json()["data"] for task in tasks]
+        answers = [same_answer(await task) for task in tasks]
         await blocker
         assert api.engine.batches[-1] == ["same text", "y", "z", "same text"]
         assert answers[0][0] == answers[2][0] == alone
@@ -200,9 +209,13 @@ async def test_an_override_is_not_calibrated_and_not_in_the_drift_metrics(
         body = (await api.classify({"input": "a sure thing", **override})).json()
         assert not body["data"][0]["calibrated"]
         assert body["sampling"]["mask_set"] == mask_set
-        for name in ("confidence", "entropy", "mutual_information", "label_mass"):
-            assert await api.metric(f"{name}_ratio_count", adapter="topics") == 0
+        scores = ("confidence", "entropy", "mutual_information", "label_mass")
+        counts = [await api.metric(f"{name}_ratio_count", **REVISION) for name in scores]
+        assert counts == [0, 0, 0, 0]
         assert await api.metric("posterior_samples_count", adapter="topics") == 1
+        await api.classify({"input": "a sure thing"})
+        counts = [await api.metric(f"{name}_ratio_count", **REVISION) for name in scores]
+        assert counts == [1, 1, 1, 1]
 
 
 @async_test
@@ -211,7 +224,7 @@ async def test_the_defaults_said_aloud_are_no_override() -> None:
         asked = {"input": "x", "num_samples": 4, "seed": 0, "estimator": "monte_carlo"}
         body = (await api.classify(asked)).json()
         assert body["data"][0]["calibrated"]
-        assert await api.metric("confidence_ratio_count", adapter="topics") == 1
+        assert await api.metric("confidence_ratio_count", **REVISION) == 1
 
 
 @async_test
@@ -296,14 +309,14 @@ async def test_predictions_are_counted() -> None:
         texts = ["a sure thing", "lost words"]
         rows = (await api.classify({"input": texts})).json()["data"]
         for row in rows:
-            labels = {"adapter": "topics", "label": row["label"], "decision": row["decision"]}
-            assert await api.metric("predictions_total", **labels) == 1
-        reason = {"adapter": "topics", "reason": "high_entropy"}
-        assert await api.metric("decision_reasons_total", **reason) == 1
+            labels = {"label": row["label"], "decision": row["decision"]}
+            assert await api.metric("predictions_total", **REVISION, **labels) == 1
+        reason = "high_entropy"
+        assert await api.metric("decision_reasons_total", **REVISION, reason=reason) == 1
         total = sum(row["confidence"] for row in rows)
-        assert await api.metric("confidence_ratio_sum", adapter="topics") == pytest.approx(total)
+        assert await api.metric("confidence_ratio_sum", **REVISION) == pytest.approx(total)
         information = sum(row["uncertainty"]["mutual_information"] for row in rows)
-        assert await api.metric("mutual_information_ratio_sum", adapter="topics") == pytest.approx(
+        assert await api.metric("mutual_information_ratio_sum", **REVISION) == pytest.approx(
             information / math.log(3)
         )
         assert await api.metric("input_tokens_sum", adapter="topics") == 5 + 4

@@ -13,7 +13,7 @@ from server.lifecycle import Lifecycle
 from server.logs import JsonFormatter
 from server.ports import EngineFatalError
 from tests.integration.test_api_bad_input import check_problem
-from tests.support.api import Api, async_test, running, until
+from tests.support.api import Api, async_test, running, same_answer, until
 from tests.support.fake_engine import FakeEngine, LostError
 
 
@@ -378,8 +378,8 @@ async def test_many_clients_at_once_all_get_their_own_answer() -> None:
     async with running(max_batch_rows=7) as api:
         texts = [f"text number {n}" for n in range(60)]
         answers = await asyncio.gather(*(api.classify({"input": text}) for text in texts))
-        alone = [(await api.classify({"input": text})).json()["data"] for text in texts[:5]]
-        assert [answer.json()["data"] for answer in answers[:5]] == alone
+        alone = [same_answer(await api.classify({"input": text})) for text in texts[:5]]
+        assert [same_answer(answer) for answer in answers[:5]] == alone
         assert all(answer.status_code == 200 for answer in answers)
         api.check_idle()
 

@@ -1,5 +1,6 @@
 """Model cards, probes, metrics, versions and documentation."""
 
+import math
 import re
 from pathlib import PurePosixPath
 
@@ -113,10 +114,10 @@ async def test_adapter_metrics() -> None:
         assert await api.metric("adapter_loaded", adapter="topics") == 1
         assert await api.metric("selftest_ok", adapter="topics") == 1
         assert await api.metric("selftest_max_abs_error", adapter="topics") == 1e-7
-        policy = {"adapter": "topics", "policy": "default"}
-        assert await api.metric("policy_threshold", **policy, signal="confidence") == 0.8
-        entropy = "abstain_predictive_entropy"
-        assert await api.metric("policy_threshold", **policy, signal=entropy) == 1.0
+        policy = {"adapter": "topics", "revision": TOPICS.revision, "policy": "default"}
+        assert await api.metric("policy_threshold", **policy, signal="accept_confidence") == 0.8
+        entropy = "abstain_predictive_entropy"  # over ln 3, as in its histogram
+        assert await api.metric("policy_threshold", **policy, signal=entropy) == 1 / math.log(3)
         assert await api.metric("policy_target_risk_ratio", **policy) == 0.05
 
 

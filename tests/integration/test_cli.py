@@ -50,7 +50,9 @@ def adapter(task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect", "serve"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "calibrate", "predict", "inspect", "serve"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0
@@ -123,7 +125,7 @@ def flip(name: str, position: int) -> Callable[[Path], None]:
 def newer(folder: Path) -> None:
     path = folder / MANIFEST_FILE
     values = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(values | {"format_version": 2}), encoding="utf-8")
+    path.write_text(json.dumps(values | {"format_version": 3}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

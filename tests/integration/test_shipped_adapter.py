@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dalorra_core.base_models.resolve import resolve_base_model
+from dalorra_core.calibration.decisions import decide
+from dalorra_core.calibration.scores import score_table
 from dalorra_core.data.examples import TextExample
 from dalorra_core.errors import BaseModelError
 from dalorra_core.metrics.uncertainty import summarise
@@ -87,10 +89,15 @@ def test_clear_unknown_and_between_are_told_apart(predictor: Predictor) -> None:
     summary = summarise(predictor.predict(rows).log_probs)
     policy = predictor.manifest.policies[0]
     assert predictor.labels[int(summary.predicted[0])] == "transfer"
-    assert float(summary.confidence[0]) >= policy.min_confidence
-    assert float(summary.predictive_entropy[0]) <= policy.abstain_threshold
+    table = score_table(
+        predictor.predict(rows),
+        torch.full((len(rows),), -1),
+        predictor.combined,
+    )
+    decisions = decide(policy, table, predictor.labels)
+    assert bool(decisions.accept[0])
     outside = QUESTIONS.index("explain the plot of hamlet")
-    assert float(summary.predictive_entropy[outside]) > policy.abstain_threshold
+    assert bool(decisions.abstain[outside])
 
 
 def test_the_server_engine_gives_the_predictors_numbers(predictor: Predictor) -> None:

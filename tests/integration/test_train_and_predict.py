@@ -33,7 +33,8 @@ from dalorra_core.errors import (
     InputTooLongError,
 )
 from dalorra_core.predictive import predictor as predictor_module
-from dalorra_core.predictive.predictor import Predictor, SamplingPlan, tokenizer_sha256
+from dalorra_core.predictive.matching import tokenizer_sha256
+from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.training import run as module
 from dalorra_core.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dalorra_core.training.run import run_training

@@ -15,7 +15,7 @@ from server.service import Service
 from server.settings import Settings
 from tests.support.fake_engine import FakeEngine
 
-__all__ = ["Api", "async_test", "running", "until"]
+__all__ = ["Api", "async_test", "running", "same_answer", "until"]
 
 P = ParamSpec("P")
 TIMEOUT_S = 20.0
@@ -40,6 +40,13 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end_s, "the condition never came true"
         await asyncio.sleep(0.001)
+
+
+def same_answer(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return the answered rows without their ids, which are new for every answer."""
+    return [
+        {k: v for k, v in row.items() if k != "prediction_id"} for row in response.json()["data"]
+    ]
 
 
 class Api:
@@ -85,8 +92,13 @@ class Api:
 async def running(
     engine: FakeEngine | None = None, *, wait: bool = True, **settings: Any
 ) -> AsyncIterator[Api]:
-    """Start an app on a fake engine, wait until it is loaded, and stop it at the end."""
+    """Start an app on a fake engine, wait until it is loaded, and stop it at the end.
+
+    Feedback is off unless the settings say where it shall go.
+    """
     engine = engine or FakeEngine()
+    if not settings.keys() & {"state_dir", "feedback_url"}:
+        settings["feedback_url"] = "off"
     app = create_app(lambda: engine, Settings(batch_wait_ms=0, **settings))
     transport = httpx.ASGITransport(app)
     async with (

@@ -9,31 +9,54 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.ports import (
+    AbstainGuarantee,
     AdapterCard,
     BatchKey,
     BatchScores,
+    CalibrationCard,
     ChoiceQuestion,
     EncodedRow,
+    Guarantee,
+    Limit,
     Policy,
+    PolicyEvaluation,
+    PredictionSetRule,
     Question,
+    ReferenceProfile,
+    RiskCoveragePoint,
     RowRejectedError,
     RowScores,
     RowTooLongError,
     Sampling,
+    ScoreName,
+    ScoreReference,
     Truncate,
+    UncertifiedTarget,
 )
+from server.telemetry import DRIFT_EDGES
+from tests.support.fake_rows import StoredRow, curve_of, evaluate
 
-__all__ = ["POLICY", "QUIZ", "TOPICS", "TOPICS_POINT", "FakeEngine", "LostError"]
+__all__ = [
+    "CALIBRATION",
+    "GUARANTEE",
+    "POLICY",
+    "QUIZ",
+    "TOPICS",
+    "TOPICS_CERTIFIED",
+    "TOPICS_POINT",
+    "FakeEngine",
+    "LostError",
+    "score",
+    "stored_rows",
+]
 
 POLICY = Policy(
     name="default",
-    min_confidence=0.8,
-    abstain_score="predictive_entropy",
-    abstain_threshold=1.0,
-    abstain_above=True,
+    accept=(Limit("confidence", 0.8),),
+    abstain=(Limit("predictive_entropy", 1.0),),
     target_selective_risk=0.05,
     chosen_on={"split": "validation", "n": 3000, "n_out_of_scope": 100, "num_samples": 4},
 )
@@ -80,6 +103,73 @@ TOPICS_POINT = AdapterCard(
     defaults=Sampling(num_samples=1),
     policies=(POLICY,),
 )
+GUARANTEE = Guarantee(
+    kind="ltt",
+    procedure="fixed_sequence",
+    target_risk=0.05,
+    delta=0.1,
+    out_of_scope_share=0.2,
+    n=1500,
+    n_out_of_scope=100,
+    risk_upper_bound=0.0487,
+    in_scope_coverage=0.81,
+    per_label=False,
+    calibrated_at="2026-11-01T00:00:00Z",
+)
+CALIBRATION = CalibrationCard(
+    date="2026-11-01T00:00:00Z",
+    n=3000,
+    n_out_of_scope=200,
+    temperature=1.3,
+    prediction_sets=(
+        PredictionSetRule("aps", 0.1, 1400, 0.912, 1.7),
+        PredictionSetRule("lac", 0.1, 1400, 0.903, 1.2),
+    ),
+    uncertified=(
+        UncertifiedTarget(0.01, None, "no threshold meets this target with n = 1500", 900),
+        UncertifiedTarget(0.05, "fraud", "the label was predicted 3 times", None),
+    ),
+    reference=ReferenceProfile(
+        n=3000,
+        scores={
+            name: ScoreReference(edges, tuple((k + 1) / len(edges) for k in range(len(edges))))
+            for name, edges in DRIFT_EDGES.items()
+        },
+        confidence_bin_edges=(0.6, 0.8, 0.95),
+        confidence_bin_shares=(0.1, 0.1, 0.2, 0.6),
+        labels={"billing": 0.5, "fraud": 0.3, "other": 0.2},
+        decisions={"accept": 0.7, "review": 0.2, "abstain": 0.1},
+    ),
+    has_combined=True,
+)
+TOPICS_CERTIFIED = replace(
+    TOPICS,
+    policies=(
+        replace(
+            POLICY,
+            name="risk_0.05",
+            guarantee=GUARANTEE,
+            abstain_guarantee=AbstainGuarantee(0.02, 0.1, 1400),
+        ),
+        replace(
+            POLICY,
+            name="risk_0.1",
+            accept=(Limit("combined", 0.3),),
+            target_selective_risk=0.1,
+            guarantee=replace(GUARANTEE, target_risk=0.1),
+        ),
+        replace(
+            POLICY,
+            name="risk_0.05_per_label",
+            accept_by_label={"billing": 0.9, "fraud": None},
+            guarantee=replace(GUARANTEE, per_label=True),
+        ),
+        replace(POLICY, name="nothing", accept=None, target_selective_risk=0.01),
+    ),
+    out_of_scope_label="oos",
+    calibration=CALIBRATION,
+)
+"""As after ``dalorra calibrate``: two certified targets, one per label, one that failed."""
 
 
 class LostError(BaseException):
@@ -155,8 +245,40 @@ class FakeEngine:
             return None
         return f"ms_{key.sampling.num_samples}_{key.sampling.seed}"
 
+    def risk_coverage(
+        self, adapter: str, score: ScoreName, *, out_of_scope_share: float, delta: float
+    ) -> tuple[RiskCoveragePoint, ...]:
+        rows = stored_rows(self.cards[adapter])
+        return curve_of(rows, score, out_of_scope_share, delta)
+
+    def evaluate_policy(
+        self, adapter: str, policy: Policy, *, out_of_scope_share: float, delta: float
+    ) -> PolicyEvaluation:
+        return evaluate(stored_rows(self.cards[adapter]), policy, out_of_scope_share, delta)
+
     def close(self) -> None:
         self.closed = True
+
+
+def stored_rows(card: AdapterCard) -> list[StoredRow]:
+    """Return the calibration rows of an adapter: 60 easy, 60 hard, 30 out of scope if it has any.
+
+    Every tenth easy row and every third hard one was answered wrongly.
+    """
+    if card.calibration is None:
+        return []
+    kinds = [("a sure thing", 60, 10), ("unclear", 60, 3)]
+    rows: list[StoredRow] = []
+    for text, count, wrong_every in kinds:
+        for n in range(count):
+            scores = score(f"{text} {n}", card.labels, card.defaults, card)
+            right = n % wrong_every != 0
+            rows.append(StoredRow(right=right, outside=False, scores=scores))
+    if card.calibration.n_out_of_scope:
+        for n in range(30):
+            scores = score(f"lost words {n}", card.labels, card.defaults, card)
+            rows.append(StoredRow(right=False, outside=True, scores=scores))
+    return rows
 
 
 def score(text: str, labels: tuple[str, ...], sampling: Sampling, card: AdapterCard) -> RowScores:
@@ -181,7 +303,31 @@ def score(text: str, labels: tuple[str, ...], sampling: Sampling, card: AdapterC
         mutual_information=None if single else max(entropy - expected, 0.0),
         confidence_std=None if single else math.sqrt(variance),
         samples=tuple(tuple(sample) for sample in samples),
+        combined=_combined(mean, entropy, card, single=single),
+        prediction_set=_prediction_set(labels, probs, card),
     )
+
+
+def _combined(
+    confidence: float, entropy: float, card: AdapterCard, *, single: bool
+) -> float | None:
+    if card.calibration is None or not card.calibration.has_combined or single:
+        return None
+    return confidence / (1 + entropy)
+
+
+def _prediction_set(
+    labels: tuple[str, ...], probs: list[float], card: AdapterCard
+) -> tuple[str, ...] | None:
+    """Return the most probable labels up to 90 % in sum."""
+    calibration = card.calibration
+    if calibration is None or calibration.void or not calibration.prediction_sets:
+        return None
+    ranked = sorted(zip(probs, labels, strict=True), reverse=True)
+    size = 1
+    while size < len(ranked) and sum(prob for prob, _ in ranked[:size]) < 0.9:
+        size += 1
+    return tuple(label for _, label in ranked[:size])
 
 
 def _read(question: Question, card: AdapterCard) -> tuple[str, tuple[str, ...]]:

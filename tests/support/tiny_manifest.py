@@ -5,19 +5,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalorra_core.artifact.calibration_record import (
+    Calibration,
+    CalibrationRows,
+    ChosenOn,
+    Limit,
+    MeasuredWith,
+    Policy,
+    ReferenceProfile,
+    TemperatureFit,
+)
 from dalorra_core.artifact.manifest import (
     BaseRef,
-    ChosenOn,
     GoldenProbe,
     LabelsRef,
     Manifest,
     ModuleRef,
-    Policy,
     PromptRef,
 )
 from dalorra_core.config import DalorraConfig, PredictiveConfig
 
-__all__ = ["tiny_manifest", "tiny_params"]
+__all__ = ["tiny_calibration", "tiny_manifest", "tiny_params"]
 
 
 def tiny_manifest(**changes: Any) -> Manifest:
@@ -41,10 +49,8 @@ def tiny_manifest(**changes: Any) -> Manifest:
         "policies": (
             Policy(
                 name="default",
-                min_confidence=0.9,
-                abstain_score="predictive_entropy",
-                abstain_threshold=1e-06,
-                abstain_above=True,
+                accept=Limit(score="confidence", threshold=0.9),
+                abstain=Limit(score="predictive_entropy", threshold=1e-06),
                 target_selective_risk=0.02,
                 chosen_on=ChosenOn(
                     split="validation",
@@ -65,6 +71,48 @@ def tiny_manifest(**changes: Any) -> Manifest:
         "files": {},
     }
     return Manifest(**{**values, **changes})
+
+
+def tiny_calibration(scores_file: str, temperature: float = 1.5) -> Calibration:
+    """Return the record of a calibration of `tiny_manifest` on four rows."""
+    return Calibration(
+        date="2026-02-01T00:00:00+00:00",
+        dalorra="0.1.0",
+        rows=CalibrationRows(
+            source="rows", digest="d", n=4, n_out_of_scope=1, n_fit=1, n_select=1, n_certify=2
+        ),
+        measured_with=MeasuredWith(
+            adapter_sha256="0",
+            num_samples=10,
+            design="iid",
+            seed=0,
+            estimator="monte_carlo",
+            temperature=temperature,
+            dtype="float32",
+        ),
+        temperature=TemperatureFit(
+            value=temperature,
+            fitted=temperature,
+            kept=True,
+            nll_before=0.5,
+            nll_after=0.4,
+            n_fit=1,
+            n_held_out=1,
+        ),
+        combined=None,
+        prediction_sets=(),
+        uncertified=(),
+        reference=ReferenceProfile(
+            n=4,
+            n_out_of_scope=1,
+            scores={},
+            confidence_bin_edges=(),
+            confidence_bin_shares=(1.0,),
+            labels={"ham": 0.5, "spam": 0.5},
+            decisions={"accept": 0.5, "review": 0.25, "abstain": 0.25},
+        ),
+        scores_file=scores_file,
+    )
 
 
 def tiny_params() -> dict[str, Tensor]:

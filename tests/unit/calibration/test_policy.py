@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalorra_core.calibration.policy import (
-    NOTHING_ACCEPTED,
-    NOTHING_ANSWERED,
-    choose_thresholds,
-)
+from dalorra_core.calibration.policy import NOTHING_ANSWERED, choose_thresholds
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import UncertaintySummary, summarise
 
@@ -28,7 +24,7 @@ def test_an_accepted_out_of_scope_row_is_an_error() -> None:
     """Four rows, all sure of label 0; the surest is out of scope and cannot be told apart."""
     summary = binary([0.99, 0.98, 0.97, 0.96])
     labels = torch.tensor([-1, 0, 0, 0])
-    assert choose_thresholds(summary, labels, 0.1).min_confidence == NOTHING_ACCEPTED
+    assert choose_thresholds(summary, labels, 0.1).min_confidence is None
     allowing = choose_thresholds(summary, labels, 0.25)
     assert allowing.min_confidence == pytest.approx(0.96)
     assert allowing.selective_risk == pytest.approx(0.25)
@@ -47,7 +43,7 @@ def test_when_every_answer_would_be_wrong_every_row_is_refused() -> None:
     found = choose_thresholds(summary, torch.tensor([-1, 1]), 0.1)
     assert found.abstain_threshold == NOTHING_ANSWERED
     assert (summary.predictive_entropy > found.abstain_threshold).all()
-    assert (found.min_confidence, found.coverage) == (NOTHING_ACCEPTED, 0.0)
+    assert (found.min_confidence, found.coverage) == (None, 0.0)
 
 
 def test_the_abstain_threshold_lies_midway_between_two_rows() -> None:

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+from server.decision import REASONS
 from server.errors import PROBLEMS
-from server.schemas import ClassifyRequest
+from server.schemas import ClassifyRequest, FeedbackRequest
+from server.schemas.policies import ThresholdPolicy
 from server.settings import Settings
 from server.telemetry import Telemetry
 
@@ -22,8 +24,16 @@ def test_every_error_is_documented_with_its_status() -> None:
 
 
 def test_every_field_of_a_request_is_documented() -> None:
-    for name in ClassifyRequest.model_fields:
+    for name in (*ClassifyRequest.model_fields, *FeedbackRequest.model_fields):
         assert f"| `{name}` |" in API
+
+
+def test_every_form_of_a_policy_and_every_reason_is_documented() -> None:
+    limits = (name for name in ThresholdPolicy.model_fields if name != "abstain")
+    for name in limits:
+        assert f"`{name}`" in API
+    documented = set(re.findall(r"^  \| `(\w+)` \|", API, re.MULTILINE))
+    assert documented == set(REASONS)
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

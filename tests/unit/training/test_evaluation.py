@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalorra_core.artifact.manifest import ChosenOn, Policy
+from dalorra_core.artifact.calibration_record import ChosenOn, Limit, Policy, ScoreName
+from dalorra_core.calibration.scores import score_table
+from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.training.decisions import decision_table
 from dalorra_core.training.evaluation import evaluate, json_number
@@ -32,18 +34,18 @@ def log_probs_of(confidence: list[float]) -> Tensor:
     return torch.stack([p, 1 - p], dim=-1).log().unsqueeze(0)
 
 
-def policy_of(score: str, threshold: float, *, above: bool, confidence: float = 0.8) -> Policy:
-    return Policy.model_validate(
-        {
-            "name": "p",
-            "min_confidence": confidence,
-            "abstain_score": score,
-            "abstain_threshold": threshold,
-            "abstain_above": above,
-            "target_selective_risk": 0.02,
-            "chosen_on": CHOSEN,
-        }
+def policy_of(score: ScoreName, threshold: float, confidence: float = 0.8) -> Policy:
+    return Policy(
+        name="p",
+        accept=Limit(score="confidence", threshold=confidence),
+        abstain=Limit(score=score, threshold=threshold),
+        target_selective_risk=0.02,
+        chosen_on=CHOSEN,
     )
+
+
+def table_of(prediction: Prediction, labels: Tensor, policy: Policy) -> dict[str, object]:
+    return {**decision_table(score_table(prediction, labels), policy, ("a", "b"))}
 
 
 # five rows: right, wrong, right, right, out of scope
@@ -52,24 +54,25 @@ LABELS = torch.tensor([0, 1, 0, 0, -1])
 
 
 @pytest.mark.parametrize(
-    ("score", "threshold", "above"),
+    ("score", "threshold"),
     [
-        ("predictive_entropy", -(0.6 * math.log(0.6) + 0.4 * math.log(0.4)) + 1e-3, True),
-        ("confidence", 0.58, False),
-        ("label_mass", 0.15, False),
+        ("predictive_entropy", -(0.6 * math.log(0.6) + 0.4 * math.log(0.4)) + 1e-3),
+        ("confidence", 0.58),
+        ("label_mass", 0.15),
     ],
 )
-def test_the_decision_table_by_hand(score: str, threshold: float, above: bool) -> None:
+def test_the_decision_table_by_hand(score: ScoreName, threshold: float) -> None:
     """Each score parts the last row from the others: accept three, review one, abstain one."""
     mass = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
     prediction = Prediction(log_probs_of(CONFIDENCE), mass)
-    table = decision_table(prediction, LABELS, policy_of(score, threshold, above=above))
+    table = table_of(prediction, LABELS, policy_of(score, threshold))
     expected = {
         "accepted": 3 / 5,
         "reviewed": 1 / 5,
         "abstained": 1 / 5,
         "selective_risk_accepted": 1 / 3,
         "selective_risk_accepted_in_scope": 1 / 3,
+        "in_scope_accepted": 3 / 4,
         "in_scope_abstained": 0.0,
         "out_of_scope_accepted": 0.0,
         "out_of_scope_abstained": 1.0,
@@ -77,14 +80,13 @@ def test_the_decision_table_by_hand(score: str, threshold: float, above: bool) -
         "accuracy_answered_or_refused": 4 / 5,
     }
     assert table.pop("policy") == "p"
+    assert (table.pop("target_risk"), table.pop("certified_out_of_scope_share")) == (None, None)
     assert table == {name: pytest.approx(value) for name, value in expected.items()}
 
 
 def test_an_accepted_out_of_scope_row_is_wrong_and_a_refused_in_scope_row_too() -> None:
     prediction = Prediction(log_probs_of([0.95, 0.9]), None)
-    table = decision_table(
-        prediction, torch.tensor([-1, 0]), policy_of("confidence", 0.92, above=False)
-    )
+    table = table_of(prediction, torch.tensor([-1, 0]), policy_of("confidence", 0.92))
     assert table["selective_risk_accepted"] == 1.0
     assert table["selective_risk_accepted_in_scope"] is None
     assert table["out_of_scope_accepted"] == 1.0
@@ -94,21 +96,16 @@ def test_an_accepted_out_of_scope_row_is_wrong_and_a_refused_in_scope_row_too() 
 
 def test_epistemic_abstention_needs_samples_that_disagree() -> None:
     samples = torch.cat([log_probs_of([0.9, 0.99]), log_probs_of([0.9, 0.01])])
-    table = decision_table(
-        Prediction(samples, None),
-        torch.tensor([0, -1]),
-        policy_of("mutual_information", 0.1, above=True),
+    table = table_of(
+        Prediction(samples, None), torch.tensor([0, -1]), policy_of("mutual_information", 0.1)
     )
     assert (table["out_of_scope_abstained"], table["in_scope_abstained"]) == (1.0, 0.0)
 
 
 def test_a_policy_on_a_score_that_was_not_computed_is_refused() -> None:
-    with pytest.raises(ValueError, match="policy p needs label_mass"):
-        decision_table(
-            Prediction(log_probs_of([0.9]), None),
-            torch.tensor([0]),
-            policy_of("label_mass", 0.1, above=False),
-        )
+    policy = policy_of("label_mass", 0.1)
+    with pytest.raises(ConfigError, match="label_mass was not measured"):
+        table_of(Prediction(log_probs_of([0.9]), None), torch.tensor([0]), policy)
 
 
 def test_the_report_by_hand() -> None:

@@ -1,0 +1,35 @@
+"""Feedback: signed prediction ids, the database of true labels, and the monitor of certificates."""
+
+from server.feedback.errors import (
+    BadPredictionIdError,
+    ExpiredPredictionError,
+    FeedbackConflictError,
+    FeedbackError,
+    FeedbackSetupError,
+    FeedbackUnavailableError,
+)
+from server.feedback.from_settings import make_signer, make_store
+from server.feedback.monitor import RiskMonitor
+from server.feedback.signing import (
+    PredictionClaim,
+    PredictionSigner,
+    make_nonce,
+)
+from server.feedback.store import FeedbackStore, StoredFeedback
+
+__all__ = [
+    "BadPredictionIdError",
+    "ExpiredPredictionError",
+    "FeedbackConflictError",
+    "FeedbackError",
+    "FeedbackSetupError",
+    "FeedbackStore",
+    "FeedbackUnavailableError",
+    "PredictionClaim",
+    "PredictionSigner",
+    "RiskMonitor",
+    "StoredFeedback",
+    "make_nonce",
+    "make_signer",
+    "make_store",
+]

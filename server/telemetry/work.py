@@ -1,0 +1,59 @@
+"""Metrics of the queue, the batches and the stages of a request."""
+
+from collections.abc import Callable
+
+from server.batching import BatchStats
+from server.telemetry.edges import BATCH_TOKENS, PADDING, ROWS, STAGE_SECONDS
+from server.telemetry.families import Families
+
+__all__ = ["RELEASES", "STAGES", "WorkMetrics"]
+
+STAGES = ("queue", "tokenize", "forward", "uq", "serialize")
+RELEASES = ("full", "timeout", "drain", "deadline")
+PRIORITY = "interactive"  # the only class so far
+
+
+class WorkMetrics:
+    """What waits, what runs, and where the time goes."""
+
+    def __init__(self, families: Families) -> None:
+        stage = families.histogram(
+            "stage_duration_seconds",
+            "Time per stage of a request or batch.",
+            STAGE_SECONDS,
+            "stage",
+        )
+        released = families.counter("batch_released", "Why batches were released.", "reason")
+        self._depth = families.gauge("queue_depth", "Rows waiting for the engine.", "priority")
+        self._tokens = families.gauge(
+            "queue_tokens", "Tokens times samples waiting for the engine.", "priority"
+        )
+        self._batch_rows = families.histogram("batch_rows", "Rows per batch.", ROWS)
+        self._batch_tokens = families.histogram(
+            "batch_tokens", "Padded tokens times samples per batch.", BATCH_TOKENS
+        )
+        self._padding = families.histogram(
+            "batch_padding_ratio", "Share of padding in a batch.", PADDING
+        )
+        self._stages = {name: stage.labels(name) for name in STAGES}
+        self._released = {reason: released.labels(reason) for reason in RELEASES}
+
+    def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
+        """Read the queue's size at every scrape from these two functions."""
+        self._depth.labels(PRIORITY).set_function(depth)
+        self._tokens.labels(PRIORITY).set_function(tokens)
+
+    def stage(self, name: str, duration_s: float) -> None:
+        """Note the time of one stage; ``name`` is one of ``STAGES``."""
+        self._stages[name].observe(duration_s)
+
+    def batch(self, stats: BatchStats) -> None:
+        """Note one finished batch; called from the engine thread."""
+        self._batch_rows.observe(stats.num_rows)
+        self._batch_tokens.observe(stats.cost_tokens)
+        self._padding.observe(1 - stats.num_tokens / stats.padded_tokens)
+        self._released[stats.reason].inc()
+        for waited_s in stats.waited_s:
+            self.stage("queue", waited_s)
+        self.stage("forward", stats.forward_s)
+        self.stage("uq", stats.uq_s)

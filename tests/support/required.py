@@ -1,0 +1,24 @@
+"""Tests that need a program which is not everywhere: skipped without it, but never in CI."""
+
+import os
+
+import pytest
+
+__all__ = ["require_or_skip"]
+
+VARIABLE = "DALORRA_TEST_REQUIRE"
+
+
+def require_or_skip(name: str, found: object) -> None:
+    """Skip the calling test when a program was not found; fail it where the program is required.
+
+    Args:
+        name: The program's name in ``DALORRA_TEST_REQUIRE``, which lists names with commas between.
+        found: Whether, or where, it was found.
+    """
+    if found:
+        return
+    required = os.environ.get(VARIABLE, "")
+    if name in [entry.strip() for entry in required.split(",")]:
+        pytest.fail(f"{name} was not found, and {VARIABLE}={required} asks for it")
+    pytest.skip(f"{name} was not found; install it, or accept that this is not tested")
