@@ -1,23 +1,28 @@
-# One image with the server, its adapters and the base model: it starts without a network and with a
-# read-only file system. The base model (some 270 MB) is fetched and converted while the image is built,
-# so that every replica of an image computes with the same bytes.
+# One image with the server and its adapters, and no model in it. The base model (some 270 MB) is fetched
+# and converted at the first start into a volume that later starts and other containers share; its
+# fingerprint is compared with the adapter's each time. Nothing else is written but /tmp and the state.
 #
 #   docker build -t dalorra .
-#   docker run --rm -p 127.0.0.1:8000:8000 dalorra
+#   docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 \
+#     -v dalorra-models:/var/cache/dalorra -v dalorra-state:/var/lib/dalorra dalorra
+#
+# The first start needs a package index; pip inside reads PIP_INDEX_URL and the like. Without a network, fill
+# the volume elsewhere (docker run --entrypoint python ... -m dalorra_core.base_models fetch) or mount a model
+# directory and name it: docker run ... dalorra serve adapters/clinc150 --host 0.0.0.0 --base /models/mine
 #
 # Another base image with Python 3.11 or 3.12 and its venv module: --build-arg BASE=...
 # Package indexes besides pip's default, such as PyTorch's CPU wheels: --build-arg PIP_EXTRA_INDEX_URL=...
 # Build arguments can be read from the build stage's history: put no password into one.
+# deploy/image/build_and_try.sh builds this file and tries the result, without Docker.
 ARG BASE=python:3.11-slim-bookworm
 
-# --- build: a virtual environment, and the base model ------------------------------------------
+# --- build: a virtual environment ----------------------------------------------------------------
 # hadolint ignore=DL3006
 FROM ${BASE} AS build
 ARG PIP_EXTRA_INDEX_URL=""
 ENV PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL} \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1 \
-    PYTHONDONTWRITEBYTECODE=1
+    PIP_NO_CACHE_DIR=1
 WORKDIR /src
 RUN python3 -m venv /opt/dalorra/venv
 ENV PATH=/opt/dalorra/venv/bin:${PATH}
@@ -34,10 +39,8 @@ RUN version=$(sed -n 's/^torch==//p' constraints.txt) \
 COPY pyproject.toml README.md LICENSE ./
 COPY dalorra_core ./dalorra_core
 COPY server ./server
-RUN pip install -c constraints.txt .
-# A layer of its own, so that a failed download does not repeat the installation.
-# hadolint ignore=DL3059
-RUN DALORRA_CACHE=/opt/dalorra/cache python -m dalorra_core.base_models fetch
+# With the driver for feedback in PostgreSQL.
+RUN pip install -c constraints.txt '.[postgresql]'
 
 # --- what runs -----------------------------------------------------------------------------------
 # hadolint ignore=DL3006
@@ -47,15 +50,21 @@ ENV PATH=/opt/dalorra/venv/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
-    DALORRA_CACHE=/opt/dalorra/cache \
+    DALORRA_CACHE=/var/cache/dalorra \
+    DALORRA_STATE_DIR=/var/lib/dalorra \
     DALORRA_GIT_SHA=${GIT_SHA}
+# New volumes take their owner from here: the two places that the server writes.
+RUN install -d -o 10001 -g 10001 -m 0755 /var/cache/dalorra \
+    && install -d -o 10001 -g 10001 -m 0700 /var/lib/dalorra
+VOLUME ["/var/cache/dalorra", "/var/lib/dalorra"]
 COPY --from=build /opt/dalorra /opt/dalorra
 COPY adapters /opt/dalorra/adapters
 WORKDIR /opt/dalorra
-# A number, so that Kubernetes can check runAsNonRoot. Nothing the server runs is writable for it.
+# A number, so that Kubernetes can check runAsNonRoot. It owns nothing under /opt.
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
+# Alive, not ready: the first start may spend minutes on the model.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/live', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["dalorra"]
