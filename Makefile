@@ -103,7 +103,7 @@ $(STAMPS)/torch: constraints.txt $(STAMPS)/venv
 
 $(STAMPS)/install: pyproject.toml constraints.txt $(STAMPS)/torch
 	@echo "Installing Dalorra and what it needs (a minute or two)"
-	@$(PIP_INSTALL) --quiet --editable .
+	@$(PIP_INSTALL) --quiet --editable '.[calibrate]'
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/install

@@ -4,9 +4,10 @@
 
 SCORES is a file of ``dalorra evaluate --scores``: its rows are taken for the whole population, so
 that the true risk and coverage of every threshold are known. Each draw takes n rows with
-replacement, splits them 25/25/50, fits the combined score, chooses a score and certifies, exactly
-as ``dalorra calibrate`` does. A certificate is broken when its threshold's true risk, at the
-population's own out-of-scope share or at a given smaller one, exceeds the target.
+replacement, splits them 25/25/50, fits the combined score, chooses a score and certifies, with the
+code of ``dalorra calibrate``; the temperature stays the one that SCORES were made with. A
+certificate is broken when its threshold's true risk, at the population's own out-of-scope share or
+at a given smaller one, exceeds the target.
 """
 
 import argparse
@@ -21,15 +22,10 @@ from safetensors.torch import load_file
 
 from dalorra_core.artifact.calibration_record import ScoreName
 from dalorra_core.calibration.bounds import selective_risk_at
-from dalorra_core.calibration.certificate import (
-    Certificate,
-    CertifyRequest,
-    certify,
-    choose_score,
-    counts_at,
-)
+from dalorra_core.calibration.certificate import Certificate, certify
 from dalorra_core.calibration.combined import combined_score, fit_combined
 from dalorra_core.calibration.scores import ScoreTable, surer
+from dalorra_core.calibration.threshold_plan import CertifyRequest, choose_score, counts_at
 
 _SCORES: tuple[ScoreName, ...] = (
     "confidence",

@@ -2,26 +2,37 @@
 
     python benchmarks/selective_coverage.py ADAPTER SCORES [--out FILE]
 
-SCORES is what ``dalorra evaluate ADAPTER --scores`` wrote for rows that took no part in training or
-calibration. For every policy with a certificate: its coverage and measured risk on these rows, and
-the coverage that a threshold on the maximum probability alone (and on predictive entropy alone)
-would have had at exactly that measured risk. Those thresholds are chosen on the test rows
-themselves, which no application could do: they are the best such a threshold could have been.
+SCORES is what ``dalorra evaluate ADAPTER --scores`` wrote, after ADAPTER was calibrated, for rows
+that took no part in training or calibration. For every policy with a certificate: its coverage and
+measured risk on these rows, and the coverage that a threshold on the maximum probability alone
+(and on predictive entropy alone) would have had at exactly that measured risk. Those thresholds are
+chosen on the test rows themselves, which no application could do: they are the best such a
+threshold could have been.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dalorra_core.artifact.calibration_record import Policy, ScoreName
+from dalorra_core.artifact.calibration_record import (
+    Calibration,
+    MeasuredWith,
+    Policy,
+    ScoreName,
+)
 from dalorra_core.artifact.store import load_artifact
 from dalorra_core.calibration.combined import combined_score
-from dalorra_core.calibration.scores import ScoreTable, passes, surer
+from dalorra_core.calibration.decisions import decide
+from dalorra_core.calibration.scores import ScoreTable, surer
+from dalorra_core.calibration.validity import void_reason
 
 _STORED: tuple[ScoreName, ...] = (
     "confidence",
@@ -41,6 +52,9 @@ def main() -> None:
     manifest = load_artifact(options.adapter).manifest
     if manifest.calibration is None:
         parser.error(f"{options.adapter} is not calibrated: run dalorra calibrate first")
+    void = scores_void(options.scores, manifest.calibration)
+    if void is not None:
+        parser.error(f"certificates of {options.adapter} say nothing about these scores: {void}")
     tensors = load_file(options.scores)
     scores: dict[ScoreName, torch.Tensor] = {
         name: tensors[name].double() for name in _STORED if name in tensors
@@ -52,7 +66,11 @@ def main() -> None:
         "adapter": manifest.name,
         "n": len(table),
         "out_of_scope_share": float(table.outside.double().mean()),
-        "policies": [_policy(policy, table) for policy in manifest.policies if policy.guarantee],
+        "policies": [
+            measured(policy, table, manifest.labels.labels)
+            for policy in manifest.policies
+            if policy.guarantee
+        ],
     }
     text = json.dumps(report, indent=1)
     print(text)  # noqa: T201
@@ -61,13 +79,28 @@ def main() -> None:
         options.out.write_text(text + "\n", encoding="utf-8")
 
 
-def _policy(policy: Policy, table: ScoreTable) -> dict[str, Any]:
+def scores_void(path: Path, calibration: Calibration) -> str | None:
+    """Return why scores are about another predictive than the one that was calibrated, or None.
+
+    Files from before scores said what made them are taken on trust, with a word on stderr.
+    """
+    with safe_open(path, framework="pt") as file:
+        found = (file.metadata() or {}).get("measured_with")
+    if found is None:
+        sys.stderr.write(f"{path} does not say what made it; is it of the calibrated adapter?\n")
+        return None
+    here = MeasuredWith.model_validate_json(found)
+    return void_reason(calibration.measured_with, here, point_method=False)
+
+
+def measured(policy: Policy, table: ScoreTable, labels: Sequence[str]) -> dict[str, Any]:
+    """Return what a certified policy does on these rows; None where nothing was accepted."""
     assert policy.accept is not None  # noqa: S101 - a certificate is about an accept limit
     assert policy.guarantee is not None  # noqa: S101 - chosen so by the caller
-    accept = passes(policy.accept, table)
+    accept = decide(policy, table, labels).accept
     inside = ~table.outside
-    errors = int((accept & ~table.correct).sum())
-    risk = errors / int(accept.sum())
+    accepted = int(accept.sum())
+    risk = int((accept & ~table.correct).sum()) / accepted if accepted else None
     return {
         "policy": policy.name,
         "target_risk": policy.guarantee.target_risk,
@@ -75,9 +108,13 @@ def _policy(policy: Policy, table: ScoreTable) -> dict[str, Any]:
         "score": policy.accept.score,
         "coverage": float(accept.double().mean()),
         "in_scope_coverage": float(accept[inside].double().mean()),
-        "out_of_scope_accepted": float(accept[~inside].double().mean()),
+        "out_of_scope_accepted": (
+            None if bool(inside.all()) else float(accept[~inside].double().mean())
+        ),
         "measured_risk": risk,
-        "coverage_at_this_risk": {
+        "coverage_at_this_risk": None
+        if risk is None
+        else {
             name: _coverage_at_risk(name, table, risk)
             for name in ("confidence", "predictive_entropy")
         },

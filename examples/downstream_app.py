@@ -79,7 +79,8 @@ def ask_at_the_terminal(message: str, top: list[dict[str, Any]]) -> str | None:
     with Path("/dev/tty").open() as terminal:
         print("Which one? ", end="", flush=True)
         answer = terminal.readline().strip()
-    return top[int(answer) - 1]["label"] if answer.isdecimal() else None
+    chosen = {str(number): choice["label"] for number, choice in enumerate(top, start=1)}
+    return chosen.get(answer)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from server.errors import ApiError, problem_response
 from server.feedback import FeedbackStore, RiskMonitor, make_signer, make_store
 from server.lifecycle import EngineFactory, Lifecycle
 from server.middleware import Envelope, request_id_of
+from server.parsing import MAX_FAULTS
 from server.registry import AdapterRegistry
 from server.routes import classify, feedback, health, models, policies
 from server.schemas import ClassifyRequest, EvaluateRequest, FeedbackRequest, Problem
@@ -83,6 +84,7 @@ def _make_service(factory: EngineFactory, settings: Settings) -> Service:
         admission=admission,
         lifecycle=Lifecycle(factory, settings, registry, admission, telemetry),
         encoders=ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="dalorra-encode"),
+        what_if=ThreadPoolExecutor(1, thread_name_prefix="dalorra-what-if"),
         signer=make_signer(settings),
         feedback=_make_feedback(settings, telemetry),
     )
@@ -107,7 +109,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         if service.feedback is not None:
             await asyncio.to_thread(service.feedback.close)
         await service.lifecycle.stop()
-        service.encoders.shutdown(wait=False, cancel_futures=True)
+        for threads in (service.encoders, service.what_if):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _problem(request: Request, error: ApiError) -> Response:
@@ -145,7 +148,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this type
     details = "; ".join(
         f"{fault['loc'][0]} parameter {str(fault['loc'][-1])[:64]}: {fault['msg']}"
-        for fault in error.errors()
+        for fault in error.errors()[:MAX_FAULTS]
     )
     return _problem(request, ApiError("invalid_request", details))
 

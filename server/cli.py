@@ -230,8 +230,10 @@ def _settings(options: dict[str, Any]) -> Settings:
         settings = Settings(**options)
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            name = ".".join(str(part) for part in fault["loc"]) or "settings"
-            typer.echo(f"dalorra serve: {name}: {fault['msg']}, got {fault['input']!r}", err=True)
+            name = ".".join(str(part) for part in fault["loc"])
+            # a fault between settings has all of them as its input, the database's password too
+            text = f"{name}: {fault['msg']}, got {fault['input']!r}" if name else fault["msg"]
+            typer.echo(f"dalorra serve: {text}", err=True)
         raise typer.Exit(USAGE_ERROR) from None
     if settings.adapter is None:
         typer.echo("dalorra serve: give an adapter directory, or set DALORRA_ADAPTER", err=True)

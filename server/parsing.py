@@ -18,7 +18,7 @@ from server.schemas.requests import (
 )
 from server.settings import Settings
 
-__all__ = ["check_body_headers", "parse_document", "parse_request", "read_body"]
+__all__ = ["MAX_FAULTS", "check_body_headers", "parse_document", "parse_request", "read_body"]
 
 M = TypeVar("M", bound=BaseModel)
 MAX_FAULTS = 20

@@ -77,7 +77,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Service:
-    """The parts of one app."""
+    """The parts of one app.
+
+    ``what_if`` is one thread of its own, so that questions about policies wait for each other and
+    never hold up an answer.
+    """
 
     settings: Settings
     telemetry: Telemetry
@@ -85,6 +89,7 @@ class Service:
     admission: Admission
     lifecycle: Lifecycle
     encoders: ThreadPoolExecutor
+    what_if: ThreadPoolExecutor
     signer: PredictionSigner
     feedback: FeedbackStore | None
 

@@ -81,7 +81,7 @@ async def evaluate_policy(service: Service, request: EvaluateRequest) -> Evaluat
 
 async def _in_thread(service: Service, ask: Callable[[], T]) -> T:
     try:
-        return await asyncio.get_running_loop().run_in_executor(service.encoders, ask)
+        return await asyncio.get_running_loop().run_in_executor(service.what_if, ask)
     except NotCalibratedError as error:
         raise ApiError("not_calibrated", str(error)) from None
     except ValueError as error:

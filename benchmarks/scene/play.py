@@ -13,7 +13,7 @@ from benchmarks.scene.processes import (
     PrometheusApi,
     Service,
     free_port,
-    prometheus_config,
+    prometheus,
     running,
 )
 from benchmarks.scene.values import (
@@ -24,7 +24,6 @@ from benchmarks.scene.values import (
     SceneError,
     Script,
 )
-from deploy.prometheus.drift_rules import write
 
 __all__ = ["play", "serve_command"]
 
@@ -170,25 +169,16 @@ def _acts(observer: Observer, traffic: Traffic, script: Script) -> None:
 
 @contextmanager
 def _stage(command: Sequence[str], script: Script) -> Iterator[tuple[Service, PrometheusApi]]:
-    prometheus = shutil.which("prometheus")
-    if prometheus is None:
+    if shutil.which("prometheus") is None:
         raise SceneError("prometheus is not on the PATH")
-    server, watcher = Service(free_port()), Service(free_port())
+    server = Service(free_port())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(script.rules(), folder / "rules")
-        config = folder / "prometheus.yml"
-        config.write_text(prometheus_config(server.port, script.scrape_s), encoding="utf-8")
-        watch = [
-            prometheus,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{watcher.port}",
-        ]
         # the server may write its state there and nowhere else
         serve = [*command, "--port", str(server.port), "--state-dir", str(folder / "state")]
+        targets = [f"127.0.0.1:{server.port}"]
         with (
             running(serve, folder / "server.log", server, "/health/ready"),
-            running(watch, folder / "prometheus.log", watcher, "/-/ready", 30.0),
+            prometheus(folder, targets, script.rules(), script.scrape_s) as watcher,
         ):
             yield server, PrometheusApi(watcher)

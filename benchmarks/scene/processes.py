@@ -13,7 +13,10 @@ from urllib.parse import urlencode
 
 import yaml
 
-__all__ = ["PrometheusApi", "Service", "free_port", "prometheus_config", "running"]
+from deploy.prometheus.drift_rules import write
+from deploy.prometheus.rule_settings import RuleSettings
+
+__all__ = ["PrometheusApi", "Service", "free_port", "prometheus", "running"]
 
 _STOP_S = 20.0
 
@@ -93,25 +96,47 @@ def _is_ready(service: Service, path: str) -> bool:
         return False
 
 
-def prometheus_config(target_port: int, scrape_interval_s: float) -> str:
-    """Return a configuration that scrapes the server and applies the rules beside it."""
+@contextlib.contextmanager
+def prometheus(
+    folder: Path,
+    targets: Sequence[str],
+    rules: RuleSettings,
+    scrape_interval_s: float = 1.0,
+    *,
+    key: str | None = None,
+) -> Iterator[Service]:
+    """Run a Prometheus that scrapes servers and applies the shipped rules.
+
+    Args:
+        folder: For its configuration, rules, log and data.
+        targets: ``host:port`` of what it scrapes.
+        rules: Numbers in the rules.
+        scrape_interval_s: How often it scrapes and evaluates.
+        key: Sent with every scrape, from a file, like the one in docker-compose.yml.
+    """
+    service = Service(free_port())
+    write(rules, folder / "rules")
+    job: dict[str, Any] = {"job_name": "dalorra", "static_configs": [{"targets": list(targets)}]}
+    if key is not None:
+        (folder / "key").write_text(key, encoding="utf-8")
+        job["authorization"] = {"credentials_file": "key"}
     interval = f"{round(scrape_interval_s * 1000)}ms"
-    return yaml.safe_dump(
-        {
-            "global": {
-                "scrape_interval": interval,
-                "scrape_timeout": interval,
-                "evaluation_interval": interval,
-            },
-            "rule_files": ["rules/*.yml"],
-            "scrape_configs": [
-                {
-                    "job_name": "dalorra",
-                    "static_configs": [{"targets": [f"127.0.0.1:{target_port}"]}],
-                }
-            ],
-        }
-    )
+    times = ("scrape_interval", "scrape_timeout", "evaluation_interval")
+    config = folder / "prometheus.yml"
+    content = {
+        "global": dict.fromkeys(times, interval),
+        "rule_files": ["rules/*.yml"],
+        "scrape_configs": [job],
+    }
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    command = [
+        "prometheus",
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{service.port}",
+    ]
+    with running(command, folder / "prometheus.log", service, "/-/ready", 30.0):
+        yield service
 
 
 class PrometheusApi:

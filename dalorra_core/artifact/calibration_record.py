@@ -93,7 +93,8 @@ class Guarantee(_Part):
     Holds for questions like the calibration rows of which at most ``out_of_scope_share`` are out
     of scope (an accepted out-of-scope question is an error). ``n`` and ``n_out_of_scope`` are the
     rows of the certify part, ``n_accepted`` the in-scope ones among them that were accepted.
-    With ``per_label`` the statement is about each predicted label by itself.
+    With ``per_label`` the statement is about each predicted label by itself. What is promised is
+    ``target_risk``; ``risk_upper_bound`` is the test's number at the threshold it picked.
     """
 
     kind: Literal["ltt"] = "ltt"

@@ -139,14 +139,17 @@ def update_artifact(directory: Path, manifest: Manifest, calibration: bytes | No
 
     Args:
         directory: An artifact.
-        manifest: Its new manifest; ``files`` is filled in here.
+        manifest: Its new manifest; ``files`` is filled in here, and what it already says of the
+            tensors must be true.
         calibration: Scores that ``manifest.calibration`` speaks of; None keeps those in place.
 
     Raises:
-        ArtifactError: If the directory is no sound artifact, or the manifest speaks of scores that
-            are neither given nor there.
+        ArtifactError: If the directory is no sound artifact, or the manifest speaks of other
+            tensors, or of scores that are neither given nor there.
     """
     current = load_artifact(directory)
+    if manifest.files.get(ADAPTER_FILE, current.sha256) != current.sha256:
+        raise ArtifactError(f"{directory} was replaced meanwhile: its tensors are other ones now")
     files = {ADAPTER_FILE: current.sha256}
     if manifest.calibration is not None:
         name = manifest.calibration.scores_file

@@ -22,7 +22,7 @@ from dalorra_core.artifact.calibration_record import (
     Uncertified,
 )
 from dalorra_core.artifact.store import calibration_file_name
-from dalorra_core.calibration.certificate import CertifyRequest, Procedure
+from dalorra_core.calibration.answered_rows import AnsweredRows, check_answers, check_sizes
 from dalorra_core.calibration.certified_policies import PolicyMaker, ScoreChoice
 from dalorra_core.calibration.combined import fit_combined
 from dalorra_core.calibration.decisions import decide
@@ -33,6 +33,7 @@ from dalorra_core.calibration.scores import ScoreTable, score_table
 from dalorra_core.calibration.split import PARTS, parts
 from dalorra_core.calibration.stored_rows import StoredRows
 from dalorra_core.calibration.temperature import fit_temperature
+from dalorra_core.calibration.threshold_plan import CertifyRequest, Procedure
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import mean_probs, summarise
 from dalorra_core.predictive.scoring import Prediction
@@ -40,8 +41,6 @@ from dalorra_core.predictive.tempering import tempered
 
 __all__ = [
     "DEFAULT_TARGET",
-    "FEWEST_ROWS",
-    "AnsweredRows",
     "CalibrationOutcome",
     "CalibrationRequest",
     "calibrate",
@@ -51,11 +50,6 @@ DEFAULT_TARGET = 0.05
 """The policy ``default`` is the one of this target where it can be certified."""
 
 _DEFAULT_SHARE = 0.2
-
-FEWEST_ROWS = 10
-"""In-scope rows that each part needs; fewer fit, plan and certify nothing."""
-
-_PART_SHARE = {"fit": 0.25, "select": 0.25, "certify": 0.5}
 
 
 @dataclass(frozen=True)
@@ -92,29 +86,6 @@ class CalibrationRequest:
             fewest_rows(alpha)
         for target in (*self.target_risks, *self.per_label):
             CertifyRequest(target, self.delta, self.out_of_scope_share or 0.0, self.procedure)
-
-
-@dataclass(frozen=True, eq=False)
-class AnsweredRows:
-    """n labelled rows and the adapter's answers to them.
-
-    Attributes:
-        source: Name of the data, for the receipt.
-        digest: Over ids, questions and labels.
-        ids: Decide the part of each row.
-        digests: (n, 16) uint8; a row is known again by it.
-        labels: (n,) right labels, -1 out of scope.
-        num_choices: (n,) labels that each row may have.
-        prediction: Answers of the default predictive without temperature.
-    """
-
-    source: str
-    digest: str
-    ids: Sequence[str]
-    digests: Tensor
-    labels: Tensor
-    num_choices: Tensor
-    prediction: Prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +127,12 @@ def calibrate(
 
     Raises:
         ConfigError: A setting is outside its domain, or needs what is not there.
-        DataError: Too few rows; says how many are needed.
+        DataError: Too few rows, which says how many are needed, or an answer that is no number.
     """
     part = parts(answered.ids)
     masks = {name: part == k for k, name in enumerate(PARTS)}
-    _check_sizes(answered.labels, masks, request)
+    check_answers(answered)
+    check_sizes(answered.labels, masks, request.alphas)
     share = _share(request, answered.labels)
     y = answered.labels
     temperature = fit_temperature(answered.prediction.log_probs, y, masks["fit"], masks["select"])
@@ -204,20 +176,6 @@ def _share(request: CalibrationRequest, labels: Tensor) -> float:
     if request.out_of_scope_share is not None:
         return request.out_of_scope_share
     return _DEFAULT_SHARE if bool((labels < 0).any()) else 0.0
-
-
-def _check_sizes(labels: Tensor, masks: dict[str, Tensor], request: CalibrationRequest) -> None:
-    least = dict.fromkeys(PARTS, FEWEST_ROWS)
-    least["certify"] = max([FEWEST_ROWS, *(fewest_rows(alpha) for alpha in request.alphas)])
-    for name, needed in least.items():
-        found = int((masks[name] & (labels >= 0)).sum())
-        if found < needed:
-            total = round(needed / _PART_SHARE[name] * 1.5)  # parts are drawn by hash: some slack
-            raise DataError(
-                f"calibration needs at least {needed} in-scope rows in the {name} part, got "
-                f"{found} of {int((labels >= 0).sum())} rows; about {total} in-scope rows are "
-                "enough for this"
-            )
 
 
 def _combined(

@@ -17,15 +17,10 @@ from dalorra_core.artifact.calibration_record import (
     Uncertified,
 )
 from dalorra_core.calibration.abstaining import certify_abstain
-from dalorra_core.calibration.certificate import (
-    Certificate,
-    CertifyRequest,
-    NoCertificate,
-    certify,
-    choose_score,
-)
+from dalorra_core.calibration.certificate import Certificate, NoCertificate, certify
 from dalorra_core.calibration.decisions import decide
 from dalorra_core.calibration.scores import ScoreTable, surer
+from dalorra_core.calibration.threshold_plan import CertifyRequest, choose_score
 from dalorra_core.calibration.what_if import evaluate_rule
 
 __all__ = ["PolicyMaker", "ScoreChoice"]

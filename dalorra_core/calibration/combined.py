@@ -1,6 +1,7 @@
 """One score from several: the estimated probability that an answer is right and in scope."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from dalorra_core.artifact.calibration_record import CombinedScore, ScoreName
 from dalorra_core.errors import ConfigError, DataError
 
-__all__ = ["FEATURES", "combined_score", "fit_combined"]
+__all__ = ["FEATURES", "check_fitting", "combined_score", "fit_combined"]
 
 _TINY = 1e-6
 """Keeps logarithms finite: a float32 probability carries no more digits than this."""
@@ -65,33 +66,45 @@ def fit_combined(
         DataError: If there are too few right or too few wrong answers to learn from.
         ConfigError: If scikit-learn is not installed.
     """
+    regression = _logistic_regression()
+    weights = _weights(outside, out_of_scope_share)
+    used = weights > 0  # none out of scope when none are declared
+    hits = correct.numpy()[used]
+    right = int(hits.sum())
+    if min(right, len(hits) - right) < _FEWEST:
+        raise DataError(
+            f"a combined score needs at least {_FEWEST} right and {_FEWEST} wrong answers in the "
+            f"fit part, got {right} and {len(hits) - right}"
+        )
+    names = [name for name, (score, _) in FEATURES.items() if score in scores]
+    columns = [FEATURES[name][1](scores[FEATURES[name][0]].double()) for name in names]
+    x = torch.stack(columns, dim=1).numpy()[used]  # (rows, features)
+    mean, scale = x.mean(0), x.std(0) + _TINY
+    model = regression(C=_STRENGTH, max_iter=1000)
+    model.fit((x - mean) / scale, hits, sample_weight=weights[used])
+    slopes = np.asarray(model.coef_)[0] / scale
+    bias = float(np.asarray(model.intercept_)[0] - (slopes * mean).sum())
+    return CombinedScore(
+        bias=bias,
+        weights={name: float(w) for name, w in zip(names, slopes, strict=True)},
+        n=len(hits),
+    )
+
+
+def check_fitting() -> None:
+    """Raise ConfigError where no score can be fitted, before a row is answered."""
+    _logistic_regression()
+
+
+def _logistic_regression() -> Any:
     try:
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 - an optional extra
     except ImportError:
         raise ConfigError(
-            "the combined score needs scikit-learn: pip install 'dalorra[calibrate]'"
+            "the combined score needs scikit-learn: pip install 'dalorra[calibrate]', or choose "
+            "another --score"
         ) from None
-    right = int(correct.sum())
-    if min(right, len(correct) - right) < _FEWEST:
-        raise DataError(
-            f"a combined score needs at least {_FEWEST} right and {_FEWEST} wrong answers in the "
-            f"fit part, got {right} and {len(correct) - right}"
-        )
-    names = [name for name, (score, _) in FEATURES.items() if score in scores]
-    columns = [FEATURES[name][1](scores[FEATURES[name][0]].double()) for name in names]
-    x = torch.stack(columns, dim=1).numpy()  # (n, features)
-    mean, scale = x.mean(0), x.std(0) + _TINY
-    model = LogisticRegression(C=_STRENGTH, max_iter=1000)
-    model.fit(
-        (x - mean) / scale, correct.numpy(), sample_weight=_weights(outside, out_of_scope_share)
-    )
-    weights = np.asarray(model.coef_)[0] / scale
-    bias = float(np.asarray(model.intercept_)[0] - (weights * mean).sum())
-    return CombinedScore(
-        bias=bias,
-        weights={name: float(w) for name, w in zip(names, weights, strict=True)},
-        n=len(correct),
-    )
+    return LogisticRegression
 
 
 def _weights(outside: Tensor, out_of_scope_share: float) -> np.ndarray:

@@ -13,8 +13,8 @@ from dalorra_core.calibration.bounds import (
     risk_upper_bound,
     selective_risk_at,
 )
-from dalorra_core.calibration.certificate import counts_at
 from dalorra_core.calibration.scores import ScoreTable, surer
+from dalorra_core.calibration.threshold_plan import counts_at
 
 __all__ = ["CurvePoint", "RuleEvaluation", "evaluate_rule", "risk_coverage_points"]
 

@@ -9,15 +9,15 @@ from typing import Annotated, Any, cast, get_args
 import torch
 import typer
 
-from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER, MeasuredWith
+from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER
 from dalorra_core.artifact.store import update_artifact
+from dalorra_core.calibration.answered_rows import AnsweredRows
 from dalorra_core.calibration.calibrate import (
-    AnsweredRows,
     CalibrationOutcome,
     CalibrationRequest,
     calibrate,
 )
-from dalorra_core.calibration.certificate import Procedure
+from dalorra_core.calibration.combined import check_fitting
 from dalorra_core.calibration.labelled_rows import (
     RowSource,
     content_digest,
@@ -25,6 +25,8 @@ from dalorra_core.calibration.labelled_rows import (
 )
 from dalorra_core.calibration.score_cache import read_scores, write_scores
 from dalorra_core.calibration.split import digests
+from dalorra_core.calibration.threshold_plan import Procedure
+from dalorra_core.calibration.validity import measured_with
 from dalorra_core.cli.calibration_summary import show_calibration
 from dalorra_core.cli.console import errors_as_exit, note, row_progress
 from dalorra_core.cli.options import AdapterArgument, BaseOption, DeviceOption, DtypeOption
@@ -155,6 +157,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             max_abstained=max_abstained,
             alphas=tuple(alpha or defaults.alphas),
         )
+        if request.score in ("auto", "combined"):
+            check_fitting()
         if report is not None:
             check_plotting()
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
@@ -162,7 +166,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
         sources += [RowSource(spec, "train", only_out_of_scope=True) for spec in out_of_scope or ()]
         answered = _answered(predictor, sources, scores, allow_missing=allow_missing_labels)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome = calibrate(answered, predictor.labels, _measured_with(predictor), request, now)
+        here = measured_with(predictor, predictor.default_plan)
+        outcome = calibrate(answered, predictor.labels, here, request, now)
         show_calibration(outcome, predictor.manifest.name, predictor.revision)
         if report is not None:
             for path in write_report(report, outcome, answered, request.delta):
@@ -235,19 +240,6 @@ def _prediction(
         write_scores(scores, prediction, key)
         note(f"wrote {scores}")
     return prediction
-
-
-def _measured_with(predictor: Predictor) -> MeasuredWith:
-    plan = predictor.default_plan
-    return MeasuredWith(
-        adapter_sha256=predictor.artifact.sha256,
-        num_samples=predictor.num_functions(plan),
-        design=plan.design,
-        seed=plan.seed,
-        estimator="mean_mask" if predictor.point_method else plan.estimator,
-        temperature=1.0,
-        dtype=str(predictor.dtype).removeprefix("torch."),
-    )
 
 
 def _write(adapter: Path, predictor: Predictor, outcome: CalibrationOutcome) -> None:

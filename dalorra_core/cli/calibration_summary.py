@@ -7,6 +7,7 @@ from rich.table import Table
 
 from dalorra_core.artifact.calibration_record import Limit, Policy, Uncertified
 from dalorra_core.calibration.calibrate import CalibrationOutcome
+from dalorra_core.metrics.selective import augrc, aurc
 
 __all__ = ["limit_text", "policy_text", "show_calibration"]
 
@@ -31,11 +32,9 @@ def policy_text(policy: Policy) -> str:
     held, on = policy.guarantee, policy.chosen_on
     if held is None:
         target = policy.target_selective_risk
-        receipt = (
-            f"guarantee: none; met selective risk {target:g} on {on.n} rows of {on.split}"
-            if target is not None
-            else "guarantee: none"
-        )
+        receipt = "guarantee: none"
+        if policy.accept is not None and target is not None:
+            receipt += f"; met selective risk {target:g} on {on.n} rows of {on.split}"
     else:
         each = " for each label" if held.per_label else ""
         receipt = (
@@ -58,6 +57,12 @@ def show_calibration(outcome: CalibrationOutcome, name: str, revision: str) -> N
     out.print(
         f"temperature: {verdict}; NLL of {t.n_held_out} other rows {t.nll_before:.4f} -> "
         f"{t.nll_after:.4f}"
+    )
+    held = outcome.rows.of_part("certify")
+    sure = held.score("confidence")
+    out.print(
+        f"by confidence, {len(held)} certify rows as they are: AURC "
+        f"{aurc(sure, held.correct):.4f}, AUGRC {augrc(sure, held.correct):.4f}"
     )
     for text in outcome.notes:
         out.print(f"note: {text}")

@@ -9,10 +9,12 @@ import torch
 import typer
 from safetensors.torch import save_file
 
+from dalorra_core.artifact.calibration_record import MeasuredWith, Policy
 from dalorra_core.calibration.decisions import scores_behind, scores_needed
 from dalorra_core.calibration.scores import score_table
 from dalorra_core.calibration.split import overlap
 from dalorra_core.calibration.stored_rows import StoredRows
+from dalorra_core.calibration.validity import measured_with, void_reason
 from dalorra_core.cli.console import errors_as_exit, note, row_progress
 from dalorra_core.cli.options import (
     AdapterArgument,
@@ -29,7 +31,7 @@ from dalorra_core.data.examples import Example, gold_label
 from dalorra_core.data.readers import read_source
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.metrics.uncertainty import summarise
-from dalorra_core.predictive.predictor import Predictor
+from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.training.decisions import decision_table
 from dalorra_core.training.evaluation import evaluate
@@ -82,7 +84,8 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     Prints accuracy, NLL, ECE (15 bins, with the ECE that a perfectly calibrated model would show
     on as many rows), Brier score, AURC and AUGRC over the in-scope rows; the AUROC with which
     confidence, predictive entropy and mutual information find errors and out-of-scope rows; and
-    what each of the adapter's policies decides, beside the risk it was certified for. Shares and
+    what each of the adapter's policies decides, beside the risk it was certified for (with other
+    sampling or precision than it was certified with, there is no certificate). Shares and
     risks are at the data's own share of out-of-scope rows; a certificate speaks of traffic with at
     most its own. Intervals are 95 % bootstrap over rows: they know nothing of training noise.
 
@@ -124,20 +127,30 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "out_of_scope_share": float((labels < 0).double().mean()),
             "truncated_rows": sum(row.truncated for row in rows),
             **report.to_json(),
-            "policies": _policies(predictor, prediction, labels),
+            "policies": _policies(predictor, plan, prediction, rows),
         }
         _show(result)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if scores is not None:
-            _save_scores(scores, prediction, labels)
+            _save_scores(scores, prediction, labels, measured_with(predictor, plan))
 
 
 def _policies(
-    predictor: Predictor, prediction: Prediction, labels: torch.Tensor
+    predictor: Predictor,
+    plan: SamplingPlan,
+    prediction: Prediction,
+    rows: Sequence[EncodedExample],
 ) -> list[dict[str, str | float | None]]:
-    """Return what each policy decides; one that needs a score not measured here is named."""
+    """Return what each policy decides; one that needs a score not measured here is named.
+
+    A certificate is left out where it is about another predictive than these answers; ``void``
+    says what differs.
+    """
+    labels = torch.tensor([row.label for row in rows])
+    truncated = torch.tensor([row.truncated for row in rows])
+    here = measured_with(predictor, plan)
     table = score_table(prediction, labels)
     if predictor.combined is not None and scores_behind(predictor.combined) <= set(table.scores):
         table = score_table(prediction, labels, predictor.combined)
@@ -147,8 +160,18 @@ def _policies(
         if missing:
             note(f"policy {policy.name} is left out: {', '.join(sorted(missing))} not measured")
         else:
-            tables.append(decision_table(table, policy, predictor.labels))
+            void = _void(policy, here, point_method=predictor.point_method)
+            if void is not None:
+                policy = policy.model_copy(update={"guarantee": None})  # noqa: PLW2901
+            found = decision_table(table, policy, predictor.labels, truncated=truncated)
+            tables.append({**found, "void": void})
     return tables
+
+
+def _void(policy: Policy, here: MeasuredWith, *, point_method: bool) -> str | None:
+    if policy.guarantee is None:
+        return None
+    return void_reason(policy.guarantee.measured_with, here, point_method=point_method)
 
 
 def _refuse_calibration_rows(predictor: Predictor, examples: Sequence[Example]) -> None:
@@ -185,7 +208,9 @@ def _rows(
     return [predictor.encode(example, truncate="end") for example in examples]
 
 
-def _save_scores(path: Path, prediction: Prediction, labels: torch.Tensor) -> None:
+def _save_scores(
+    path: Path, prediction: Prediction, labels: torch.Tensor, here: MeasuredWith
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     summary = summarise(prediction.log_probs)
     tensors = {
@@ -196,7 +221,8 @@ def _save_scores(path: Path, prediction: Prediction, labels: torch.Tensor) -> No
     }
     if prediction.label_mass is not None:
         tensors["label_mass"] = prediction.label_mass
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    found = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(found, path, {"measured_with": here.model_dump_json()})
     note(f"wrote {path}")
 
 
@@ -220,14 +246,16 @@ def _show(result: dict[str, Any]) -> None:
         typer.echo(line)
     for policy in result["policies"]:
         target, share = policy["target_risk"], policy["certified_out_of_scope_share"]
-        promise = (
-            "no certificate"
-            if target is None
-            else f"certified: risk <= {target:g} at <= {share:g} out of scope; here "
-            f"{result['out_of_scope_share']:.4f} is"
-        )
+        promise = "no certificate"
+        if policy["void"] is not None:
+            promise += f" here: {policy['void']}"
+        elif target is not None:
+            promise = (
+                f"certified: risk <= {target:g} at <= {share:g} out of scope; here "
+                f"{result['out_of_scope_share']:.4f} is"
+            )
         typer.echo(f"  policy {policy['policy']} ({promise}):")
         for name, value in policy.items():
-            if name not in ("policy", "target_risk", "certified_out_of_scope_share"):
+            if name not in ("policy", "target_risk", "certified_out_of_scope_share", "void"):
                 shown = "undefined" if value is None else f"{value:.4f}"
                 typer.echo(f"    {name:<30} {shown}")

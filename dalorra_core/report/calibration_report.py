@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalorra_core.calibration.calibrate import AnsweredRows, CalibrationOutcome
+from dalorra_core.calibration.answered_rows import AnsweredRows
+from dalorra_core.calibration.calibrate import CalibrationOutcome
 from dalorra_core.calibration.scores import ScoreTable, score_table, surer
 from dalorra_core.calibration.split import PARTS
 from dalorra_core.calibration.what_if import CurvePoint, risk_coverage_points

@@ -12,7 +12,7 @@ __all__ = ["decision_table"]
 
 
 def decision_table(
-    table: ScoreTable, policy: Policy, labels: Sequence[str]
+    table: ScoreTable, policy: Policy, labels: Sequence[str], *, truncated: Tensor | None = None
 ) -> dict[str, str | float | None]:
     """Return the shares of accept, review and abstain, and the errors among the accepted.
 
@@ -20,6 +20,7 @@ def decision_table(
         table: n labelled rows.
         policy: Limits to apply.
         labels: Label names in label order.
+        truncated: (n,) which rows were cut; the server reviews what it would accept of them.
 
     Returns:
         Fractions in [0, 1]; None where nothing is there to divide by. ``accuracy_answered_or_``
@@ -33,12 +34,14 @@ def decision_table(
     """
     decisions = decide(policy, table, labels)
     accept, past = decisions.accept, decisions.abstain
+    if truncated is not None:
+        accept = accept & ~truncated
     outside, correct = table.outside, table.correct
     held = policy.guarantee
     return {
         "policy": policy.name,
         "accepted": _share(accept),
-        "reviewed": _share(decisions.review),
+        "reviewed": _share(~accept & ~past),
         "abstained": _share(past),
         "selective_risk_accepted": _share(~correct[accept]),
         "selective_risk_accepted_in_scope": _share(~correct[accept & ~outside]),

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from dalorra_core.artifact.calibration_record import Calibration, MeasuredWith
 from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
+from dalorra_core.calibration.validity import measured_with, void_reason
 from dalorra_core.predictive.predictor import Predictor
 from server.ports import (
     AbstainGuarantee,
@@ -24,15 +25,13 @@ from server.ports import (
     UncertifiedTarget,
 )
 
-__all__ = ["adapter_card", "calibration_card", "measured_here", "policy_of", "void_reason"]
-
-_SAMPLING = frozenset({"num_samples", "design", "seed", "estimator"})
+__all__ = ["adapter_card", "calibration_card", "policy_of"]
 
 
 def adapter_card(predictor: Predictor) -> AdapterCard:
     """Return what the server and its clients may know about a loaded adapter."""
     manifest, plan, point = predictor.manifest, predictor.default_plan, predictor.point_method
-    here, calibration = measured_here(predictor), predictor.manifest.calibration
+    here, calibration = measured_with(predictor, plan), manifest.calibration
     return AdapterCard(
         name=manifest.name,
         revision=predictor.revision,
@@ -62,38 +61,6 @@ def adapter_card(predictor: Predictor) -> AdapterCard:
         if calibration is None
         else calibration_card(calibration, here, point_method=point),
     )
-
-
-def measured_here(predictor: Predictor) -> MeasuredWith:
-    """Return what a certificate made by this engine would be valid for."""
-    plan = predictor.default_plan
-    return MeasuredWith(
-        adapter_sha256=predictor.artifact.sha256,
-        num_samples=plan.num_samples,
-        design=plan.design,
-        seed=plan.seed,
-        estimator=plan.estimator,
-        temperature=predictor.temperature,
-        dtype=str(predictor.dtype).removeprefix("torch."),
-        engine="local",
-    )
-
-
-def void_reason(measured: MeasuredWith, here: MeasuredWith, *, point_method: bool) -> str | None:
-    """Return why something measured elsewhere says nothing here; None when it does.
-
-    Args:
-        measured: What it was measured with.
-        here: What this server has.
-        point_method: Nothing is sampled, so the sampling makes no difference.
-    """
-    ours = here.model_dump()
-    differ = [
-        f"{name} {_shown(value)} (here: {_shown(ours[name])})"
-        for name, value in measured.model_dump().items()
-        if value != ours[name] and not (point_method and name in _SAMPLING)
-    ]
-    return f"measured with {', '.join(differ)}" if differ else None
 
 
 def policy_of(
@@ -172,11 +139,6 @@ def _reference(calibration: Calibration) -> ReferenceProfile:
         labels=stored.labels,
         decisions=stored.decisions,
     )
-
-
-def _shown(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text[:12]  # of a sha256, as much as a revision has
 
 
 def _public_name(base: str) -> str:

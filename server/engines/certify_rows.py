@@ -29,7 +29,7 @@ __all__ = ["CertifyRows"]
 
 @dataclass(frozen=True, eq=False)
 class CertifyRows:
-    """The certify rows of one adapter: no threshold was chosen on them."""
+    """The certify rows of one adapter: the thresholds of its certificates were tested on them."""
 
     held: ScoreTable
     labels: tuple[str, ...]

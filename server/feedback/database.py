@@ -26,7 +26,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, SQLAlchemyError
 
 from server.feedback.errors import FeedbackSetupError
 
@@ -139,7 +139,7 @@ def _sqlite(url: URL) -> Engine:
     )
 
     @event.listens_for(engine, "connect")
-    def configure(connection: Any, _record: object) -> None:
+    def configure(connection: Any, record: Any) -> None:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {WAIT_S * 1000}")
         cursor.execute("PRAGMA journal_mode = WAL")
@@ -147,8 +147,25 @@ def _sqlite(url: URL) -> Engine:
         # the power fails
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.close()
+        record.info["file"] = _identity(path)
+
+    @event.listens_for(engine, "checkout")
+    def check(_connection: object, record: Any, _proxy: object) -> None:
+        # SQLite goes on writing to a file that was deleted or replaced, and nobody would ever find
+        # those rows; a new connection takes the file that is there now, or fails
+        if (found := _identity(path)) is None or found != record.info["file"]:
+            raise DisconnectionError("the database file was deleted or replaced")
 
     return engine
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another one of the same name; None when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _postgresql(url: URL) -> Engine:

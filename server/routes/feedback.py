@@ -20,6 +20,7 @@ from server.parsing import check_body_headers, parse_document, read_body
 from server.ports import AdapterCard
 from server.registry import close_names, quoted
 from server.routes.documents import error_documents
+from server.ruling import INLINE
 from server.schemas import FeedbackRequest, FeedbackResponse
 from server.service import Service, service_of
 
@@ -102,7 +103,8 @@ async def _answer(service: Service, store: FeedbackStore, request: Request) -> R
         service.telemetry.feedback(
             adapter=claim.adapter,
             revision=claim.revision,
-            decision=claim.decision,
+            # an accept by a client's own limits is not held against the adapter's targets
+            decision=None if claim.policy == INLINE else claim.decision,
             confidence=claim.confidence,
             correct=result.correct,
         )

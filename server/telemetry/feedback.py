@@ -81,13 +81,16 @@ class FeedbackMetrics:
         if series is not None:
             series.children.remove()
 
-    def labelled(self, key: AdapterKey, decision: str, confidence: float, *, correct: bool) -> None:
-        """Count one answer whose true label is now known."""
+    def labelled(
+        self, key: AdapterKey, decision: str | None, confidence: float, *, correct: bool
+    ) -> None:
+        """Count one answer whose true label is now known; by decision only where there is one."""
         series = self._loaded.get(key)
         if series is None:
             return
         bin_ = min(int(confidence * NUM_BINS), NUM_BINS - 1)
-        series.outcomes[decision, correct].inc()
+        if decision is not None:
+            series.outcomes[decision, correct].inc()
         series.rows[bin_].inc()
         series.confidence[bin_].inc(confidence)
         if correct:

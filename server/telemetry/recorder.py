@@ -91,14 +91,15 @@ class Telemetry:
         self._predictions.drift(card, scores)
 
     def feedback(
-        self, *, adapter: str, revision: str, decision: str, confidence: float, correct: bool
+        self, *, adapter: str, revision: str, decision: str | None, confidence: float, correct: bool
     ) -> None:
         """Count one answer whose true label is now known.
 
         Args:
             adapter: Adapter that answered.
             revision: Its revision then; not counted when that one is not loaded.
-            decision: What was decided on the answer.
+            decision: What a policy of the adapter decided on the answer; None when it was no such
+                policy, and then only the calibration bins count it.
             confidence: Its confidence, in [0, 1].
             correct: Whether the answer was the true label.
         """

@@ -115,6 +115,24 @@ async def test_feedback_reaches_the_metrics_once(on: dict[str, Any]) -> None:
         assert risk.violated
 
 
+@async_test
+async def test_limits_that_a_client_wrote_are_no_fault_of_the_adapters_policies(
+    tmp_path: Path,
+) -> None:
+    async with running(FakeEngine(TOPICS_CERTIFIED), state_dir=tmp_path) as api:
+        row = await ask(api, policy={"min_confidence": 0})
+        assert row["decision"] == "accept"
+        assert (await tell(api, row["prediction_id"], None)).json()["outcome"] == "wrong"
+        wrong = await api.metric("feedback_total", **FORMAT, decision="accept", outcome="wrong")
+        assert wrong == 0
+        # how sure it was, and whether it was right, has nothing to do with any policy
+        bins = [
+            await api.metric("calibration_bin_total", **FORMAT, bin=str(number))
+            for number in range(15)
+        ]
+        assert sum(bins) == 1
+
+
 async def risk_once_known(store: FeedbackStore) -> Any:
     monitor = RiskMonitor(store)
     await until(lambda: bool(list(monitor.read())))
@@ -130,7 +148,7 @@ async def test_a_scrape_shows_that_a_certificate_is_broken(on: dict[str, Any]) -
             await tell(api, row["prediction_id"], None)
         wanted = 'dalorra_certificate_violated{adapter="topics",policy="risk_0.05"'
         # the first scrape starts the question to the database, a later one has the answer
-        end_s = time.monotonic() + 5
+        end_s = time.monotonic() + 20
         found: list[str] = []
         while not any(line.endswith(" 1.0") for line in found) and time.monotonic() < end_s:
             text = (await api.client.get("/metrics")).text

@@ -1,12 +1,14 @@
 """Policies over the API: forms, receipts, locks, and what-if questions."""
 
+import asyncio
 import json
+import threading
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from server.ports import AdapterCard, Limit
+from server.ports import AdapterCard, Limit, PolicyEvaluation
 from server.schemas.examples import EVALUATE_EXAMPLES
 from tests.integration.test_api_bad_input import JSON, check_problem
 from tests.support.api import Api, async_test, running
@@ -478,13 +480,24 @@ async def test_the_curve_of_an_adapter_whose_policies_accept_nothing() -> None:
         ({"out_of_scope_share": "nan"}, "finite number"),
         ({"delta": "0"}, "delta: Input should be greater than 0"),
         ({"delta": "many"}, "valid number"),
+        ({"delta": ["0.1", "0.2"]}, "query parameter delta is given twice"),
     ],
 )
 @async_test
-async def test_a_bad_query(query: dict[str, str], says: str) -> None:
+async def test_a_bad_query(query: dict[str, Any], says: str) -> None:
     async with running(certified()) as api:
         response = await api.client.get("/v1/models/topics/risk-coverage", params=query)
         assert says in check_problem(response, 422, "invalid_request")["detail"]
+
+
+@async_test
+async def test_a_query_of_thousands_of_faults_has_a_short_answer() -> None:
+    async with running(certified()) as api:
+        query = {f"x{number}": "1" for number in range(3000)}
+        response = await api.client.get("/v1/models/topics/risk-coverage", params=query)
+        detail = check_problem(response, 422, "invalid_request")["detail"]
+        assert "query parameter x0" in detail
+        assert len(detail) < 3000
 
 
 @async_test
@@ -609,6 +622,37 @@ async def test_bodies_of_policy_questions_are_checked_like_others() -> None:
         long = json.dumps({"policy": {"name": "x" * 2000}}).encode()
         response = await api.client.post(path, content=long, headers=JSON)
         check_problem(response, 413, "body_too_large")
+
+
+class PonderingEngine(FakeEngine):
+    """Answers no what-if question before it is told to."""
+
+    def __init__(self, *cards: AdapterCard) -> None:
+        super().__init__(*cards)
+        self.answer_now = threading.Event()
+
+    def evaluate_policy(self, *arguments: Any, **named: Any) -> PolicyEvaluation:
+        self.answer_now.wait(10)
+        return super().evaluate_policy(*arguments, **named)
+
+
+@async_test
+async def test_what_if_questions_hold_up_no_answers_and_have_a_deadline() -> None:
+    engine = PonderingEngine(TOPICS_CERTIFIED)
+    async with running(engine, request_timeout_s=1.0, encode_threads=1) as api:
+        asked = [
+            asyncio.ensure_future(evaluate(api, {"policy": {"name": "risk_0.05"}}))
+            for _ in range(8)
+        ]
+        try:
+            await asyncio.sleep(0.05)
+            answer = await api.classify({"input": TEXTS}, X_Request_Timeout_Ms="9000")
+            assert answer.status_code == 200, answer.text
+            for response in await asyncio.gather(*asked):
+                check_problem(response, 504, "deadline_exceeded")
+        finally:
+            engine.answer_now.set()
+        assert (await evaluate(api, {"policy": {"name": "risk_0.05"}})).status_code == 200
 
 
 @async_test

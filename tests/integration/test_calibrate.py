@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks.selective_coverage import scores_void
 from dalorra_core.artifact.store import load_artifact, update_artifact
 from dalorra_core.calibration.decisions import decide
 from dalorra_core.calibration.prediction_sets import members
@@ -194,6 +196,9 @@ def test_the_summary_says_what_was_found(calibrated: tuple[Path, Result]) -> Non
         "calibrated on 900 rows",
         "temperature: ",
         "NLL of",
+        "by confidence, ",
+        " certify rows as they are: AURC 0.",
+        ", AUGRC 0.",
         "at most 0.1 is out of scope",
         "risk-0.3",
         "target 0.05 not certified: no threshold",
@@ -261,7 +266,8 @@ def test_evaluate_refuses_the_rows_that_calibrated(
     allowed = call(*command, "--data", data, "--split", "validation", "--allow-calibration-rows")
     assert allowed.exit_code == 0, allowed.output
     output = tmp_path / "report.json"
-    fresh = call(*command, "--data", data, "--split", "test", "-o", output)
+    scores = tmp_path / "scores.safetensors"
+    fresh = call(*command, "--data", data, "--split", "test", "-o", output, "--scores", scores)
     assert fresh.exit_code == 0, fresh.output
     assert "certified: risk <= 0.3 at <= 0.1 out of scope; here" in fresh.stdout
     report = json.loads(output.read_text("utf-8"))
@@ -269,10 +275,20 @@ def test_evaluate_refuses_the_rows_that_calibrated(
     record = load_artifact(calibrated[0]).manifest.calibration
     assert record is not None
     assert report["temperature"] == record.temperature.value
+    assert scores_void(scores, record) is None
+    colder = record.measured_with.model_copy(update={"temperature": 0.5})
+    other = record.model_copy(update={"measured_with": colder})
+    assert (scores_void(scores, other) or "").startswith("measured with temperature 0.5 (here: ")
     point = call(
         *command, "--data", data, "--split", "test", "--estimator", "mean_mask", "-o", output
     )
     assert point.exit_code == 0, point.output  # without MI there is no combined score
+    reseeded = call(*command, "--data", data, "--split", "test", "--seed", 7, "-o", output)
+    assert reseeded.exit_code == 0, reseeded.output
+    assert "certified:" not in reseeded.stdout
+    assert "no certificate here: measured with seed 0 (here: 7)" in reseeded.stdout
+    policies = json.loads(output.read_text("utf-8"))["policies"]
+    assert {p["target_risk"] for p in policies} == {None}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +315,17 @@ def test_settings_outside_their_domain_are_refused(
     result = calibrate(calibrated[0], task, data, "--dry-run", "--scores", answers, *options)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    command = ("calibrate", tmp_path / "nowhere", "--data", tmp_path)
+    result = call(*command)
+    assert result.exit_code == 1
+    assert "needs scikit-learn: pip install 'dalorra[calibrate]'" in result.stderr
+    assert "scikit-learn" not in call(*command, "--score", "confidence").stderr
 
 
 def test_other_choices_of_score_and_test_are_made(

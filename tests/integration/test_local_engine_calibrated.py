@@ -26,12 +26,12 @@ from dalorra_core.calibration.prediction_sets import members
 from dalorra_core.calibration.scores import ScoreTable, score_table
 from dalorra_core.calibration.split import DIGEST_BYTES
 from dalorra_core.calibration.stored_rows import StoredRows
+from dalorra_core.calibration.validity import measured_with, void_reason
 from dalorra_core.data.examples import TextExample
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.tempering import tempered
 from server.decision import decide
-from server.engines.cards import measured_here, void_reason
 from server.engines.local import LocalEngine
 from server.ports import (
     AdapterCard,
@@ -105,7 +105,9 @@ def calibrate_by_hand(adapter: Path) -> ScoreTable:
     digests = torch.zeros(n, DIGEST_BYTES, dtype=torch.uint8)
     stored = StoredRows(digests, (torch.arange(n) % 4).clamp(max=2).to(torch.uint8), table)
     content = stored.to_bytes()
-    here = measured_here(predictor).model_copy(update={"temperature": TEMPERATURE})
+    here = measured_with(predictor, predictor.default_plan).model_copy(
+        update={"temperature": TEMPERATURE}
+    )
     record = tiny_calibration(calibration_file_name(content), TEMPERATURE)
     uncertified = Uncertified(target_risk=0.01, reason="too few rows", more_labels=900)
     record = record.model_copy(
@@ -253,7 +255,7 @@ def test_everything_a_certificate_depends_on_voids_it(
 ) -> None:
     assert len(table) == 40
     predictor = Predictor.load(adapter, base=base_of(adapter), device="cpu")
-    here = measured_here(predictor)
+    here = measured_with(predictor, predictor.default_plan)
     assert void_reason(here, here, point_method=False) is None
     changed = here.model_copy(update={field: value})
     assert shown in (void_reason(changed, here, point_method=False) or "")

@@ -15,6 +15,7 @@ from pathlib import Path
 __all__ = ["PostgresServer", "find_postgresql", "postgresql_server"]
 
 TIMEOUT_S = 60
+PORTS = range(20_000, 32_000)  # below what common systems use for outgoing connections
 LAST_RESORT_USERS = ("postgres", "nobody")
 
 
@@ -133,6 +134,13 @@ def _run(command: list[str], account: str | None, folder: Path) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that stays free while the server is down.
+
+    Those that the system hands out to outgoing connections do not: another connection takes one,
+    even the very attempt to reach the stopped server.
+    """
+    for port in secrets.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free")

@@ -101,6 +101,19 @@ def test_a_manifest_that_speaks_of_other_scores_is_refused(calibrated: Path) -> 
     assert {p.name: p.read_bytes() for p in calibrated.iterdir()} == before
 
 
+def test_an_adapter_that_was_trained_again_meanwhile_is_left_alone(plain: Path) -> None:
+    """Calibrating takes minutes; its numbers are about the tensors that it began with."""
+    begun = load_artifact(plain).manifest
+    others = {name: value + 1 for name, value in tiny_params().items()}
+    save_artifact(plain, tiny_manifest(), pack_tensors(others), overwrite=True)
+    before = {p.name: p.read_bytes() for p in plain.iterdir()}
+    content = scores_of(0.5)
+    calibration = tiny_calibration(calibration_file_name(content))
+    with pytest.raises(ArtifactError, match="was replaced meanwhile"):
+        update_artifact(plain, begun.model_copy(update={"calibration": calibration}), content)
+    assert {p.name: p.read_bytes() for p in plain.iterdir()} == before
+
+
 def test_a_calibrated_manifest_is_not_given_other_tensors(calibrated: Path) -> None:
     manifest = load_artifact(calibrated).manifest
     with pytest.raises(ArtifactError, match="demo is calibrated"):

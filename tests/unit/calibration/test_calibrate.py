@@ -1,17 +1,20 @@
 """dalorra_core.calibration.calibrate on made-up answers: what is left out, and why."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dalorra_core.artifact.calibration_record import MeasuredWith
+from dalorra_core.calibration.answered_rows import AnsweredRows
 from dalorra_core.calibration.calibrate import (
-    AnsweredRows,
     CalibrationOutcome,
     CalibrationRequest,
     calibrate,
 )
+from dalorra_core.cli.calibration_summary import policy_text
 from dalorra_core.errors import DataError
 from dalorra_core.predictive.scoring import Prediction
 
@@ -80,6 +83,8 @@ def test_a_hopeless_adapter_gets_an_empirical_default_and_reasons() -> None:
     (default,) = found.policies
     assert default.guarantee is None
     assert default.chosen_on.n == 400
+    assert "accepts nothing" in policy_text(default)
+    assert policy_text(default).endswith("guarantee: none")  # nothing accepted meets no target
     missing = found.calibration.uncertified
     assert [u.target_risk for u in missing] == [0.01, 0.02, 0.05, 0.1, 0.1, 0.1, 0.1]
     assert [u.label for u in missing[4:]] == ["a", "b", "c"]
@@ -97,6 +102,26 @@ def test_too_few_rows_are_counted() -> None:
         calibrated(answered(20))
     with pytest.raises(DataError, match="at least 999 in-scope rows in the certify part, got"):
         calibrated(answered(400), alphas=(0.001,))
+
+
+def test_an_answer_that_is_no_number_is_named() -> None:
+    rows = answered(400, 100)
+    log_probs = rows.prediction.log_probs.clone()
+    log_probs[0, 3] = math.nan
+    mass = torch.full((500,), 0.5)
+    mass[7] = math.nan
+    for broken, name in (
+        (Prediction(log_probs, None), "r3"),
+        (Prediction(rows.prediction.log_probs, mass), "r7"),
+    ):
+        with pytest.raises(DataError, match=f"answer to row '{name}' is not a number"):
+            calibrated(replace(rows, prediction=broken))
+
+
+def test_a_combined_score_learns_nothing_from_rows_that_are_declared_away() -> None:
+    rows = answered(800, 200)  # every in-scope answer is right
+    with pytest.raises(DataError, match="at least 20 right and 20 wrong answers"):
+        calibrated(rows, score="combined", out_of_scope_share=0.0)
 
 
 def test_the_certify_part_decides_nothing_but_certificates() -> None:

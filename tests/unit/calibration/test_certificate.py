@@ -9,16 +9,16 @@ from torch import Tensor
 from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER, ScoreName
 from dalorra_core.calibration.abstaining import certify_abstain
 from dalorra_core.calibration.bounds import selective_risk_at
-from dalorra_core.calibration.certificate import (
-    Certificate,
+from dalorra_core.calibration.certificate import Certificate, NoCertificate, certify
+from dalorra_core.calibration.scores import ScoreTable, passes, surer
+from dalorra_core.calibration.threshold_plan import (
     CertifyRequest,
-    NoCertificate,
-    certify,
+    Procedure,
     choose_score,
     counts_at,
     fewest_accepted,
+    plan_thresholds,
 )
-from dalorra_core.calibration.scores import ScoreTable, passes, surer
 from dalorra_core.errors import ConfigError, DataError
 
 
@@ -184,6 +184,21 @@ def test_choosing_a_score_does_not_look_at_the_certify_part() -> None:
         held.labels, held.predicted, {k: torch.zeros_like(v) for k, v in held.scores.items()}
     )
     assert choose_score(select, held, request) == choose_score(select, blind, request)
+
+
+@pytest.mark.parametrize("procedure", ["fixed_sequence", "bonferroni"])
+def test_planning_the_test_does_not_look_at_the_certify_part(procedure: Procedure) -> None:
+    select, held = parts(population(3000, 300, 7))
+    request = CertifyRequest(0.1, 0.1, 0.1, procedure)
+    blind = ScoreTable(
+        torch.where(held.outside, held.labels, (held.labels + 1) % 3),
+        held.predicted,
+        {k: torch.zeros_like(v) for k, v in held.scores.items()},
+    )
+    plan = plan_thresholds(select, held, "confidence", request)
+    other = plan_thresholds(select, blind, "confidence", request)
+    assert len(plan.thresholds)
+    assert (plan.thresholds.tolist(), plan.split) == (other.thresholds.tolist(), other.split)
 
 
 @pytest.mark.parametrize("name", ["confidence", "predictive_entropy"])

@@ -4,24 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from dalorra_core.artifact.calibration_record import ChosenOn, Limit, Policy
+from dalorra_core.artifact.calibration_record import Limit, Policy
 from dalorra_core.calibration.decisions import decide, scores_needed
 from dalorra_core.calibration.scores import ScoreTable
 from dalorra_core.calibration.stored_rows import StoredRows
 from dalorra_core.errors import ConfigError
+from tests.support.tiny_manifest import tiny_manifest
 
-CHOSEN = ChosenOn(
-    split="v",
-    n=1,
-    n_out_of_scope=0,
-    num_samples=1,
-    seed=0,
-    estimator="monte_carlo",
-    dtype="float32",
-    date="",
-    selective_risk=None,
-    coverage=1.0,
-)
+CHOSEN = tiny_manifest().policies[0].chosen_on
 LABELS = ("a", "b")
 
 

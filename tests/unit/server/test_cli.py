@@ -57,3 +57,16 @@ def test_a_setting_outside_its_domain(arguments: list[str], says: str) -> None:
     result = RUN.invoke(app, ["serve", "somewhere", *arguments])
     assert result.exit_code == 2
     assert f"dalorra serve: {'max_' if says == 'rows' else ''}{says}: " in result.output
+
+
+def test_settings_that_contradict_each_other_show_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DALORRA_FEEDBACK_URL", "postgresql://u:hunter2@h/d")
+    monkeypatch.setenv("DALORRA_REQUEST_TIMEOUT_S", "500")
+    result = RUN.invoke(app, ["serve", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "request_timeout_s (500.0) must not exceed max_request_timeout_s (120.0)" in (
+        result.output
+    )
+    assert "hunter2" not in result.output

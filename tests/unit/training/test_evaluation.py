@@ -7,25 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalorra_core.artifact.calibration_record import ChosenOn, Limit, Policy, ScoreName
+from dalorra_core.artifact.calibration_record import Limit, Policy, ScoreName
 from dalorra_core.calibration.scores import score_table
 from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.training.decisions import decision_table
 from dalorra_core.training.evaluation import evaluate, json_number
+from tests.support.tiny_manifest import tiny_manifest
 
-CHOSEN = ChosenOn(
-    split="v",
-    n=1,
-    n_out_of_scope=0,
-    num_samples=1,
-    seed=0,
-    estimator="monte_carlo",
-    dtype="float32",
-    date="",
-    selective_risk=None,
-    coverage=1.0,
-)
+CHOSEN = tiny_manifest().policies[0].chosen_on
 
 
 def log_probs_of(confidence: list[float]) -> Tensor:
@@ -100,6 +90,17 @@ def test_epistemic_abstention_needs_samples_that_disagree() -> None:
         Prediction(samples, None), torch.tensor([0, -1]), policy_of("mutual_information", 0.1)
     )
     assert (table["out_of_scope_abstained"], table["in_scope_abstained"]) == (1.0, 0.0)
+
+
+def test_a_truncated_question_is_never_accepted() -> None:
+    table = score_table(Prediction(log_probs_of(CONFIDENCE), None), LABELS)
+    policy = policy_of("confidence", 0.58)
+    whole = decision_table(table, policy, ("a", "b"))
+    cut = torch.tensor([True, False, False, False, True])
+    found = decision_table(table, policy, ("a", "b"), truncated=cut)
+    assert (whole["accepted"], found["accepted"]) == (0.6, 0.4)
+    assert (whole["reviewed"], found["reviewed"]) == (0.2, 0.4)
+    assert found["abstained"] == whole["abstained"] == 0.2
 
 
 def test_a_policy_on_a_score_that_was_not_computed_is_refused() -> None:

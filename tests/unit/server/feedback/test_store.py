@@ -417,6 +417,36 @@ def test_a_file_that_is_locked_for_too_long_is_unavailable(
     store.close()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_acknowledged_into_a_file_that_is_gone(
+    tmp_path: Path, clock: Clock, *, replaced: bool
+) -> None:
+    path, copy = tmp_path / "f.sqlite3", tmp_path / "copy.sqlite3"
+    store = FeedbackStore(f"sqlite:///{path}", retention_days=30, clock=clock)
+    store.insert(make_claim(), "billing", None)
+    with (
+        contextlib.closing(sqlite3.connect(path)) as old,
+        contextlib.closing(sqlite3.connect(copy)) as new,
+    ):
+        old.backup(new)
+    for name in ("f.sqlite3", "f.sqlite3-wal", "f.sqlite3-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    later = make_claim()
+    if replaced:  # as by an operator who restores a backup
+        copy.rename(path)
+        assert store.insert(later, "billing", None).stored
+    else:
+        with pytest.raises(FeedbackUnavailableError):
+            store.insert(later, "billing", None)
+        with pytest.raises(FeedbackUnavailableError):
+            store.insert(later, "billing", None)
+    store.close()
+    again = FeedbackStore(f"sqlite:///{path}", retention_days=30, clock=clock)
+    assert again.count() == (2 if replaced else 0)
+    assert again.insert(later, "billing", None).stored is not replaced
+    again.close()
+
+
 def test_postgresql_may_go_away_and_come_back(postgresql: PostgresServer, clock: Clock) -> None:
     store = FeedbackStore(postgresql.make_database(), retention_days=30, clock=clock)
     kept, missed = make_claim(), make_claim()

@@ -1,0 +1,142 @@
+"""What is known about a loaded adapter and its calibration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from server.ports.policies import Policy
+from server.ports.rows import Sampling
+
+__all__ = [
+    "AdapterCard",
+    "CalibrationCard",
+    "PredictionSetRule",
+    "ReferenceProfile",
+    "ScoreReference",
+    "UncertifiedTarget",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class UncertifiedTarget:
+    """A target risk that calibration could not certify, why, and how many more rows might do."""
+
+    target_risk: float
+    label: str | None
+    reason: str
+    more_labels: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionSetRule:
+    """A conformal rule: its sets hold the right label of in-scope questions with 1 - alpha."""
+
+    kind: Literal["lac", "aps"]
+    alpha: float
+    n: int
+    empirical_coverage: float
+    mean_size: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReference:
+    """Share of calibration rows at or below each edge; the edges are the server's buckets."""
+
+    edges: tuple[float, ...]
+    cdf: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceProfile:
+    """The traffic that an adapter was calibrated on.
+
+    Attributes:
+        n: Calibration rows.
+        scores: ``confidence``, ``label_mass``, and ``predictive_entropy`` and
+            ``mutual_information`` divided by ln C.
+        confidence_bin_edges: Ascending inner edges of the drift bins; a confidence is in the bin
+            whose number is the count of edges at or below it.
+        confidence_bin_shares: Share of the calibration rows in each bin, one more than edges.
+        labels: Share of each predicted label.
+        decisions: Share of each decision under the first policy.
+    """
+
+    n: int
+    scores: Mapping[str, ScoreReference]
+    confidence_bin_edges: tuple[float, ...]
+    confidence_bin_shares: tuple[float, ...]
+    labels: Mapping[str, float]
+    decisions: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationCard:
+    """What calibration found out about an adapter.
+
+    Attributes:
+        date: When, ISO 8601.
+        n: Calibration rows.
+        n_out_of_scope: Those of them that are out of scope.
+        temperature: Softmax temperature in use; 1 leaves the probabilities alone.
+        prediction_sets: Stored rules; the first gives ``RowScores.prediction_set``.
+        uncertified: Targets without a certificate.
+        reference: What drift is measured against.
+        has_combined: Whether it stores the weights behind ``RowScores.combined``.
+        void: Why its promises do not hold on this server; None when they do.
+    """
+
+    date: str
+    n: int
+    n_out_of_scope: int
+    temperature: float
+    prediction_sets: tuple[PredictionSetRule, ...]
+    uncertified: tuple[UncertifiedTarget, ...]
+    reference: ReferenceProfile
+    has_combined: bool = False
+    void: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCard:
+    """What the server and its clients may know about one loaded adapter: no host paths.
+
+    Attributes:
+        name: Name by which requests address it.
+        revision: First 12 hex digits of the sha256 of its tensors.
+        kind: Whether it answers texts or multiple-choice questions.
+        labels: All labels, in label order.
+        method: How uncertainty enters it, such as ``dalorra`` or ``mle``.
+        point_method: True when there is one function only, so no epistemic scores.
+        base: Public name of the base model.
+        base_fingerprint: sha256 over the base model's tensors.
+        max_tokens: The most tokens one prompt may have.
+        defaults: Sampling of a request that does not say otherwise; calibration holds for it.
+        policies: Decision rules; the first is used when a request names none.
+        prompt: Name of the prompt template.
+        prompt_sha256: Hash of that template.
+        mask_set: Id of the default sample set; None for point methods.
+        selftest_max_abs_error: Largest difference from the stored golden probabilities; None when
+            the adapter stores none.
+        out_of_scope_label: Name under which feedback may say "none of the labels"; None: no name.
+        dtype: Precision of the base model here, such as ``float32``.
+        calibration: What calibration found out; None before it.
+    """
+
+    name: str
+    revision: str
+    kind: Literal["text", "choice"]
+    labels: tuple[str, ...]
+    method: str
+    point_method: bool
+    base: str
+    base_fingerprint: str
+    max_tokens: int
+    defaults: Sampling
+    policies: tuple[Policy, ...] = ()
+    prompt: str = ""
+    prompt_sha256: str = ""
+    mask_set: str | None = None
+    selftest_max_abs_error: float | None = None
+    out_of_scope_label: str | None = None
+    dtype: str = "float32"
+    calibration: CalibrationCard | None = None

@@ -1,0 +1,39 @@
+"""What an engine raises when it cannot answer."""
+
+__all__ = [
+    "EngineFatalError",
+    "EngineStoppedError",
+    "NotCalibratedError",
+    "RowRejectedError",
+    "RowTooLongError",
+]
+
+
+class RowRejectedError(Exception):
+    """The engine cannot turn this question into tokens; the text is meant for the client."""
+
+
+class RowTooLongError(RowRejectedError):
+    """A question has more tokens than the limit and truncation was not allowed.
+
+    Attributes:
+        actual: Tokens of the whole prompt.
+        limit: The most tokens one prompt may have.
+    """
+
+    def __init__(self, actual: int, limit: int) -> None:
+        super().__init__(f"the prompt has {actual} tokens; the limit is {limit}")
+        self.actual = actual
+        self.limit = limit
+
+
+class EngineFatalError(Exception):
+    """The engine can never answer again (a lost device): the engine thread must end."""
+
+
+class EngineStoppedError(Exception):
+    """No engine thread runs any more, so the work will not be done."""
+
+
+class NotCalibratedError(LookupError):
+    """The adapter stores no calibration rows, or not the score that was asked for."""

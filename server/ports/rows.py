@@ -1,0 +1,147 @@
+"""From a question to its scores: what goes into an engine and what comes out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "BatchKey",
+    "BatchScores",
+    "ChoiceOption",
+    "ChoiceQuestion",
+    "EncodedRow",
+    "Estimator",
+    "Question",
+    "RowScores",
+    "Sampling",
+    "TextQuestion",
+    "Truncate",
+]
+
+Estimator = Literal["monte_carlo", "mean_mask"]
+
+Truncate = Literal["none", "start", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextQuestion:
+    """A text to be given one of the adapter's labels."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOption:
+    """One possible answer and the label (such as ``A``) that stands for it."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceQuestion:
+    """A question with its own answers, 2 to 26 of them, in the client's order."""
+
+    question: str
+    choices: tuple[ChoiceOption, ...]
+    context: str | None = None
+
+
+Question = TextQuestion | ChoiceQuestion
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What fixes the posterior samples of one answer.
+
+    Attributes:
+        num_samples: M, at least 1; always 1 for ``mean_mask``.
+        seed: Seed of the mask set; without effect under ``mean_mask`` and for point methods.
+        estimator: ``monte_carlo`` averages M sampled functions; ``mean_mask`` runs the one
+            deterministic function with every mask at its mean.
+        design: How the M samples are drawn together.
+    """
+
+    num_samples: int = 10
+    seed: int = 0
+    estimator: Estimator = "monte_carlo"
+    design: str = "iid"
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per row: what a row costs is its tokens times this."""
+        return self.num_samples if self.estimator == "monte_carlo" else 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """Rows with equal keys may run in one batch."""
+
+    adapter: str
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One question as tokens; ``payload`` belongs to the engine that made it.
+
+    Attributes:
+        num_tokens: Tokens of the prompt, at least 1.
+        truncated: Whether a part of the text was cut away to fit.
+        payload: The engine's own representation, never looked into by the server.
+    """
+
+    num_tokens: int
+    truncated: bool
+    payload: object
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """The answer to one row, before any decision.
+
+    Attributes:
+        labels: The row's labels: the adapter's, or the row's own choices in the client's order.
+        probs: Mean over samples of the probability of each label; they sum to 1.
+        confidence: Largest of ``probs``, in [0, 1].
+        label_mass: Probability of all label tokens under the full vocabulary, in [0, 1].
+        predictive_entropy: H[E p], nats, in [0, ln C].
+        normalized_entropy: ``predictive_entropy`` / ln C, in [0, 1].
+        variation_ratio: Share of samples whose most probable label is not the answer's.
+        expected_entropy: E[H p], nats; None where there is one function only.
+        mutual_information: Their difference, nats; None where there is one function only.
+        confidence_std: Standard deviation over samples of the answer's probability; None where
+            there is one function only.
+        samples: The M distributions behind the mean, (M, C).
+        combined: Calibrated estimate that the answer is right and in scope, in [0, 1]; None when
+            the adapter stores no such score.
+        prediction_set: Labels of the adapter's first prediction-set rule, most probable first;
+            None when it stores none.
+    """
+
+    labels: tuple[str, ...]
+    probs: tuple[float, ...]
+    confidence: float
+    label_mass: float | None
+    predictive_entropy: float
+    normalized_entropy: float
+    variation_ratio: float
+    expected_entropy: float | None
+    mutual_information: float | None
+    confidence_std: float | None
+    samples: tuple[tuple[float, ...], ...]
+    combined: float | None = None
+    prediction_set: tuple[str, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """The most probable label (the first of equals)."""
+        return self.labels[self.probs.index(max(self.probs))]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchScores:
+    """What the engine returns for one batch: one ``RowScores`` per row, and where the time went."""
+
+    rows: tuple[RowScores, ...]
+    forward_s: float
+    uq_s: float
