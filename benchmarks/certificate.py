@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("scores", type=Path)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--n", type=int, default=2750)
-    parser.add_argument("--pi", type=float, default=0.2, help="declared out-of-scope share")
+    parser.add_argument(
+        "--pi", type=float, default=0.2, help="declared out-of-scope share; 0 without such rows"
+    )
     parser.add_argument("--delta", type=float, default=0.1)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.02, 0.05, 0.10])
     parser.add_argument(

@@ -8,6 +8,10 @@ measured risk on these rows, and the coverage that a threshold on the maximum pr
 (and on predictive entropy alone) would have had at exactly that measured risk. Those thresholds are
 chosen on the test rows themselves, which no application could do: they are the best such a
 threshold could have been.
+
+``one_threshold`` is the published rule for CLINC150 (Larson et al. 2019): one threshold, chosen
+here on all rows that calibrated the adapter, that maximises the accuracy over labels and "out of
+scope". A rejected in-scope row counts as wrong.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from dalorra_core.artifact.store import load_artifact
 from dalorra_core.calibration.combined import combined_score
 from dalorra_core.calibration.decisions import decide
 from dalorra_core.calibration.scores import ScoreTable, surer
+from dalorra_core.calibration.stored_rows import StoredRows
 from dalorra_core.calibration.validity import void_reason
 
 _STORED: tuple[ScoreName, ...] = (
@@ -49,7 +54,8 @@ def main() -> None:
     parser.add_argument("scores", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    manifest = load_artifact(options.adapter).manifest
+    artifact = load_artifact(options.adapter)
+    manifest = artifact.manifest
     if manifest.calibration is None:
         parser.error(f"{options.adapter} is not calibrated: run dalorra calibrate first")
     void = scores_void(options.scores, manifest.calibration)
@@ -72,6 +78,13 @@ def main() -> None:
             if policy.guarantee
         ],
     }
+    if artifact.calibration_scores is not None and bool(table.outside.any()):
+        stored = StoredRows.from_tensors(artifact.calibration_scores).table
+        report["one_threshold"] = {
+            name: _one_threshold(name, stored, table)
+            for name in ("predictive_entropy", "combined")
+            if name in stored.scores
+        }
     text = json.dumps(report, indent=1)
     print(text)  # noqa: T201
     if options.out is not None:
@@ -128,6 +141,20 @@ def _coverage_at_risk(name: ScoreName, table: ScoreTable, risk: float) -> float:
     accepted = np.arange(1, len(order) + 1)
     last = np.append(np.diff(values.numpy()) != 0, True)  # a threshold takes all that tie with it
     return float(np.where(last & (wrong / accepted <= risk), accepted, 0).max() / len(order))
+
+
+def _one_threshold(name: ScoreName, chosen_on: ScoreTable, table: ScoreTable) -> dict[str, float]:
+    values = surer(name, chosen_on.score(name))
+
+    def gain(threshold: float) -> int:
+        answered = values >= threshold
+        return int((chosen_on.correct & answered).sum() + (chosen_on.outside & ~answered).sum())
+
+    answered = surer(name, table.score(name)) >= max(values.unique().tolist(), key=gain)
+    return {
+        "in_scope_accuracy": float((table.correct & answered)[~table.outside].double().mean()),
+        "out_of_scope_recall": float((~answered)[table.outside].double().mean()),
+    }
 
 
 if __name__ == "__main__":
