@@ -175,12 +175,8 @@ def _uncertified(card: AdapterCard) -> tuple[UncertifiedTarget, ...]:
 
 
 def _describe(target: UncertifiedTarget) -> str:
-    more = (
-        f"about {target.more_labels} more labels would do"
-        if target.more_labels is not None
-        else "no number of labels would do"
-    )
-    return f"target {target.target_risk:g} was not certified: {target.reason}; {more}"
+    """The reason says as well how many more labels would do."""
+    return f"target {target.target_risk:g} was not certified: {target.reason}"
 
 
 def _with_promises(

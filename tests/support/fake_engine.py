@@ -126,7 +126,12 @@ CALIBRATION = CalibrationCard(
         PredictionSetRule("lac", 0.1, 1400, 0.903, 1.2),
     ),
     uncertified=(
-        UncertifiedTarget(0.01, None, "no threshold meets this target with n = 1500", 900),
+        UncertifiedTarget(
+            0.01,
+            None,
+            "no threshold meets this target with n = 1500; about 900 more labels would",
+            900,
+        ),
         UncertifiedTarget(0.05, "fraud", "the label was predicted 3 times", None),
     ),
     reference=ReferenceProfile(
