@@ -56,9 +56,9 @@ def test_the_stored_probabilities_are_reproduced(predictor: Predictor) -> None:
 
 
 def test_fused_samples_equal_single_ones(predictor: Predictor) -> None:
-    fused = probs_of(predictor, QUESTIONS[:2], m=4)
-    pack = predictor.pack(SamplingPlan(4))
     rows = [predictor.encode(TextExample("x", text, None)) for text in QUESTIONS[:2]]
+    fused = predictor.predict(rows, SamplingPlan(4), calibrated=False).log_probs.exp()
+    pack = predictor.pack(SamplingPlan(4))
 
     for sample in range(4):
         alone = score_rows(
