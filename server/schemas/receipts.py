@@ -206,5 +206,10 @@ class EvaluationResponse(Body):
     selective_risk: float | None = Field(
         description="Share of errors among accepted answers; null when nothing is accepted."
     )
-    risk_upper_bound: float = Field(description="Upper bound of it, with confidence 1 - delta.")
+    risk_upper_bound: float = Field(
+        description=(
+            "Upper bound of it, with confidence 1 - delta for a policy that was not picked on these "
+            "same rows; for a stored or a tuned one it is a reading, and the certificate decides."
+        )
+    )
     void: str | None = Field(description=_VOID_NOTE)
