@@ -208,8 +208,8 @@ class EvaluationResponse(Body):
     )
     risk_upper_bound: float = Field(
         description=(
-            "Upper bound of it, with confidence 1 - delta for a policy that was not picked on these "
-            "same rows; for a stored or a tuned one it is a reading, and the certificate decides."
+            "Upper bound of it, with confidence 1 - delta for a policy not picked on these same "
+            "rows; for a stored or a tuned one it is a reading, and the certificate decides."
         )
     )
     void: str | None = Field(description=_VOID_NOTE)
