@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     population = _population(options.scores)
+    if not bool(population.outside.any()):
+        options.pi = 0.0  # nothing to declare, and the report must not claim a share
     results = [_experiment(population, target, options) for target in options.targets]
     report = {
         "scores": options.scores.name,
@@ -88,8 +90,7 @@ def _experiment(
 ) -> dict[str, Any]:
     generator = np.random.default_rng(options.seed)
     own = float(population.outside.double().mean())
-    pi = options.pi if bool(population.outside.any()) else 0.0
-    request = CertifyRequest(target, options.delta, pi, options.procedure)
+    request = CertifyRequest(target, options.delta, options.pi, options.procedure)
     shares = [own, *options.shares]
     broken = {f"{share:.4f}": 0 for share in shares}
     coverage, of_oracle, of_best, chosen = [], [], [], {}
@@ -99,7 +100,7 @@ def _experiment(
         fit, select, held = rows.split(
             [options.n // 4, options.n // 4, options.n - 2 * (options.n // 4)]
         )
-        everyone = _with_combined(population, fit, pi)
+        everyone = _with_combined(population, fit, options.pi)
         name = (
             choose_score(everyone.rows(select), everyone.rows(held), request)
             if options.score == "auto"
