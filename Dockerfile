@@ -4,7 +4,12 @@
 #
 #   docker build -t dalorra .
 #   docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 \
-#     -v dalorra-models:/var/cache/dalorra -v dalorra-state:/var/lib/dalorra dalorra
+#     -v dalorra-models:/var/cache/dalorra -v dalorra-state:/var/lib/dalorra \
+#     -v ./keys:/run/keys:ro -e DALORRA_API_KEYS_FILE=/run/keys/api_keys dalorra
+#
+# It listens on all addresses of the container, so it does not start without API keys (`dalorra keys create`
+# makes the file; it must be readable for uid 10001) unless DALORRA_ALLOW_UNAUTHENTICATED=true says that
+# only you can reach the published port.
 #
 # The first start needs a package index; pip inside reads PIP_INDEX_URL and the like. Without a network, fill
 # the volume elsewhere (docker run --entrypoint python ... -m dalorra_core.base_models fetch) or mount a model
@@ -37,6 +42,7 @@ RUN version=$(sed -n 's/^torch==//p' constraints.txt) \
            pip install "torch==${version}" -c constraints.txt; }; }
 
 COPY pyproject.toml README.md LICENSE ./
+COPY dalorra ./dalorra
 COPY dalorra_core ./dalorra_core
 COPY server ./server
 # With the driver for feedback in PostgreSQL.

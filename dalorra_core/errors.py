@@ -14,6 +14,7 @@ found, so that a person can act on it without reading code::
         ├── ArtifactCorruptError    a file's sha256 differs from the manifest
         ├── ArtifactVersionError    written by a newer format than this program reads
         ├── ArtifactUnsafeError     pickle or another executable format
+        ├── ArtifactUntrustedError  no trusted key signed what is there
         ├── BaseMismatchError       trained on another base model (both fingerprints are named)
         └── GoldenProbeError        loads, but does not reproduce its stored probabilities
 """
@@ -23,6 +24,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactMissingFileError",
     "ArtifactUnsafeError",
+    "ArtifactUntrustedError",
     "ArtifactVersionError",
     "BaseMismatchError",
     "BaseModelError",
@@ -89,8 +91,22 @@ class ArtifactUnsafeError(ArtifactError):
     """The artifact holds a file type that can execute code when read."""
 
 
+class ArtifactUntrustedError(ArtifactError):
+    """No trusted key signed the artifact as it is now."""
+
+
 class BaseMismatchError(ArtifactError):
-    """The adapter was trained on another base model than the one at hand."""
+    """The adapter was trained on another base model than the one at hand.
+
+    Attributes:
+        expected: Hash of the base model's tensors, or of its tokenizer, that it was trained with.
+        found: The same hash of the one at hand.
+    """
+
+    def __init__(self, message: str, *, expected: str, found: str) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
 
 
 class GoldenProbeError(ArtifactError):

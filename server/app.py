@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,18 +14,44 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from server import __version__
+from server.adapters import AdapterManager
+from server.auth import Doors, make_key_ring
 from server.batching import Admission, AdmissionLimits
 from server.errors import ApiError, problem_response
 from server.feedback import FeedbackStore, RiskMonitor, make_signer, make_store
 from server.lifecycle import EngineFactory, Lifecycle
-from server.middleware import Envelope, request_id_of
+from server.middleware import Envelope, instance_of, request_id_of
 from server.parsing import MAX_FAULTS
-from server.registry import AdapterRegistry
-from server.routes import classify, feedback, health, models, policies
-from server.schemas import ClassifyRequest, EvaluateRequest, FeedbackRequest, Problem
+from server.routes import (
+    adapters,
+    aliases,
+    classify,
+    feedback,
+    health,
+    kserve,
+    models,
+    policies,
+    predict,
+    reference,
+)
+from server.routes.documents import add_door_errors
+from server.schemas import (
+    AliasRequest,
+    ClassifyRequest,
+    EvaluateRequest,
+    FeedbackRequest,
+    InferRequest,
+    LoadRequest,
+    OipProblem,
+    PinRequest,
+    PredictRequest,
+    Problem,
+)
 from server.service import Service, service_of
 from server.settings import Settings
+from server.shadow import Shadows
 from server.telemetry import Telemetry
+from server.tracing import make_tracing
 
 __all__ = ["create_app"]
 
@@ -44,6 +71,8 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
 
     Raises:
         FeedbackSetupError: The secret or the database of feedback cannot be used.
+        KeyFileError: The file of API keys cannot be used.
+        TracingSetupError: Traces cannot be sent as ``otel_endpoint`` says.
     """
     settings = settings or Settings()
     service = _make_service(factory, settings)
@@ -52,15 +81,31 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
         version=__version__,
         description=_DESCRIPTION,
         openapi_url="/openapi.json" if settings.docs else None,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=_lifespan,
     )
     app.state.service = service
-    app.add_middleware(Envelope, telemetry=service.telemetry, error_base=settings.error_base)
-    for routes in (classify, feedback, policies, models, health):
+    app.state.tracing = make_tracing(settings)
+    app.add_middleware(
+        Doors,
+        keys=make_key_ring(settings, service.telemetry),
+        telemetry=service.telemetry,
+        error_base=settings.error_base,
+    )
+    # added last, so it is the outermost
+    app.add_middleware(
+        Envelope,
+        telemetry=service.telemetry,
+        error_base=settings.error_base,
+        tracing=app.state.tracing,
+    )
+    shapes = (classify, predict, kserve)
+    for routes in (*shapes, feedback, policies, models, adapters, aliases, health):
         app.include_router(routes.router)
+    if settings.docs:
+        app.include_router(reference.router)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -70,21 +115,25 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
 
 def _make_service(factory: EngineFactory, settings: Settings) -> Service:
     telemetry = Telemetry(git_sha=settings.git_sha)
-    registry = AdapterRegistry()
+    manager = AdapterManager(settings, telemetry)
     limits = AdmissionLimits(
         max_requests=settings.max_requests,
         max_rows=settings.max_queued_rows,
         max_tokens=settings.max_queued_tokens,
+        # by then everything that is inside now has met its deadline
+        max_retry_after_s=math.ceil(settings.max_request_timeout_s),
+        batch_share=settings.batch_priority_share,
     )
     admission = Admission(limits)
     return Service(
         settings=settings,
         telemetry=telemetry,
-        registry=registry,
+        adapters=manager,
         admission=admission,
-        lifecycle=Lifecycle(factory, settings, registry, admission, telemetry),
+        lifecycle=Lifecycle(factory, settings, manager, admission, telemetry),
         encoders=ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="dalorra-encode"),
         what_if=ThreadPoolExecutor(1, thread_name_prefix="dalorra-what-if"),
+        shadows=Shadows(telemetry),
         signer=make_signer(settings),
         feedback=_make_feedback(settings, telemetry),
     )
@@ -108,15 +157,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         if service.feedback is not None:
             await asyncio.to_thread(service.feedback.close)
+        await service.shadows.close()
         await service.lifecycle.stop()
         for threads in (service.encoders, service.what_if):
             threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(app.state.tracing.close)
 
 
 def _problem(request: Request, error: ApiError) -> Response:
     return problem_response(
         error,
-        instance=request.url.path,
+        instance=instance_of(request.scope),
         request_id=request_id_of(request),
         type_base=service_of(request).settings.error_base,
     )
@@ -132,7 +183,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     headers = dict(error.headers or {})
     if error.status_code == 404:  # noqa: PLR2004
-        found = ApiError("not_found", f"there is no route {request.url.path[:200]}")
+        found = ApiError("not_found", "there is no such route")
     elif error.status_code == 405:  # noqa: PLR2004
         allowed = headers.get("Allow") or headers.get("allow") or "another"
         detail = f"{request.method} is not allowed here; allowed: {allowed}"
@@ -164,13 +215,20 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         _, extra = models_json_schema(
             [
+                (AliasRequest, "validation"),
                 (ClassifyRequest, "validation"),
                 (EvaluateRequest, "validation"),
                 (FeedbackRequest, "validation"),
+                (InferRequest, "validation"),
+                (PredictRequest, "validation"),
+                (LoadRequest, "validation"),
+                (PinRequest, "validation"),
+                (OipProblem, "serialization"),
                 (Problem, "serialization"),
             ],
             ref_template="#/components/schemas/{model}",
         )
         document["components"]["schemas"] |= extra["$defs"]
+        add_door_errors(document)
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,4 +1,4 @@
-"""The command ``dalorra``: the core's commands, and ``serve``."""
+"""The command ``dalorra``: the core's commands, ``serve`` and ``keys``."""
 
 import logging
 import sys
@@ -10,11 +10,15 @@ from pydantic import ValidationError
 
 from dalorra_core.cli import app
 from server.app import create_app
+from server.auth import KeyFileError, exposure_fault, keys_app
+from server.connections import TlsSetupError
 from server.feedback import FeedbackSetupError
 from server.logs import configure_logging
 from server.ports import Engine
+from server.replay import replay_command
 from server.run import leave, run_server
 from server.settings import Settings, unknown_environment
+from server.tracing import TracingSetupError
 
 __all__ = ["app", "main", "serve"]
 
@@ -24,7 +28,10 @@ USAGE_ERROR = 2
 _LIMITS = "Limits of one request"
 _QUEUE = "Queue and batches"
 _MODEL = "Model"
+_DOORS = "Who may come in"
 _PROCESS = "Process"
+
+app.add_typer(keys_app, name="keys")
 
 
 def main() -> None:
@@ -32,12 +39,16 @@ def main() -> None:
     app()
 
 
+app.command("replay")(replay_command)
+
+
 @app.command()
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     adapter: Annotated[
         Path | None,
         typer.Argument(
-            help="Adapter directory to serve, as written by `dalorra train`.",
+            help="Adapter directory to serve, as written by `dalorra train`; may be left out with "
+            "--adapter-root.",
             envvar="DALORRA_ADAPTER",
             show_envvar=False,
         ),
@@ -76,6 +87,60 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of adapter directories: those in it can be loaded and unloaded while "
+            "the server runs. [default: none, the adapter is fixed]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    trusted_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of PEM public keys; adapters that none of them signed are refused. "
+            "[default: none, nothing need be signed]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of API keys, made by `dalorra keys create`; read again when it changes. "
+            "[default: none, every caller may do all]",
+            rich_help_panel=_DOORS,
+        ),
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-unauthenticated",
+            help="Listen on another address than loopback although there are no API keys.",
+            rich_help_panel=_DOORS,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the server's certificate and its chain. [default: none, plain HTTP]",
+            rich_help_panel=_DOORS,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of the certificate's private key, not encrypted.",
+            rich_help_panel=_DOORS,
+        ),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of authorities; clients must show a certificate of one of them. "
+            "[default: none]",
+            rich_help_panel=_DOORS,
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(help="Address to listen on. [default: 127.0.0.1]", rich_help_panel=_PROCESS),
@@ -96,6 +161,14 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         typer.Option(
             help="Where the feedback database and the secret of prediction ids are kept. "
             "[default: ~/.local/state/dalorra]",
+            rich_help_panel=_PROCESS,
+        ),
+    ] = None,
+    otel_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the extra "
+            "otel. [default: none]",
             rich_help_panel=_PROCESS,
         ),
     ] = None,
@@ -176,7 +249,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     batch_wait_ms: Annotated[
         float | None,
         typer.Option(
-            help="Milliseconds an idle engine waits for company. [default: 4]",
+            help="Milliseconds an idle engine waits for company that is on its way. [default: 4]",
             rich_help_panel=_QUEUE,
         ),
     ] = None,
@@ -189,19 +262,23 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
 
     Every option can be set by an environment variable as well: DALORRA_ and the option's name in
     capitals, such as DALORRA_MAX_ROWS=16 (deadlines: DALORRA_REQUEST_TIMEOUT_S). The command line
-    wins.
+    wins. What has no option is listed in docs/operations.md, such as DALORRA_HEADER_TIMEOUT_S.
+
+    Without --api-keys-file everybody who can reach the server may use it, so it then listens on
+    loopback addresses only, unless --allow-unauthenticated says otherwise.
 
     On SIGTERM readiness turns off at once, requests are still answered for --drain-seconds, then
     the server stops accepting, finishes what is inside and exits 0. On SIGINT it does not wait.
 
     Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when the model could not be loaded, the
-    feedback database cannot be used or the port is taken, 2 for a wrong option.
+    feedback database cannot be used or the port is taken, 2 for a wrong option, a file of keys or
+    certificates that cannot be used, or an address that must not be open without keys.
 
     **Examples**
 
     - `dalorra serve adapters/clinc150`
 
-    - `dalorra serve adapters/clinc150 --host 0.0.0.0 --port 80 --device cuda`
+    - `dalorra serve adapters/clinc150 --host 0.0.0.0 --port 80 --api-keys-file keys.json`
 
     - `curl localhost:8000/v1/classify -H 'content-type: application/json' -d '{"input": "hi"}'`
     """
@@ -212,10 +289,15 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
         logger.warning("no setting reads this environment variable", extra={"variable": name})
     try:
         fastapi_app = create_app(lambda: _make_engine(settings), settings)
-    except FeedbackSetupError as error:
+    except (FeedbackSetupError, TracingSetupError) as error:
         typer.echo(f"dalorra serve: {error}", err=True)
         raise typer.Exit(1) from None
-    exit_code = run_server(fastapi_app, settings)
+    except KeyFileError as error:
+        raise _wrong(f"api_keys_file: {error}") from None
+    try:
+        exit_code = run_server(fastapi_app, settings)
+    except TlsSetupError as error:
+        raise _wrong(str(error)) from None
     lifecycle = fastapi_app.state.service.lifecycle
     if lifecycle.failure is not None:
         typer.echo(f"dalorra serve: {lifecycle.failure}", err=True)
@@ -235,24 +317,35 @@ def _settings(options: dict[str, Any]) -> Settings:
             text = f"{name}: {fault['msg']}, got {fault['input']!r}" if name else fault["msg"]
             typer.echo(f"dalorra serve: {text}", err=True)
         raise typer.Exit(USAGE_ERROR) from None
-    if settings.adapter is None:
-        typer.echo("dalorra serve: give an adapter directory, or set DALORRA_ADAPTER", err=True)
-        raise typer.Exit(USAGE_ERROR)
-    if not (settings.adapter / "manifest.json").is_file():
-        typer.echo(f"dalorra serve: {settings.adapter} has no manifest.json", err=True)
-        raise typer.Exit(USAGE_ERROR)
+    if settings.adapter is None and settings.adapter_root is None:
+        raise _wrong(
+            "give an adapter directory, or set DALORRA_ADAPTER; with --adapter-root it may be "
+            "left out"
+        )
+    if settings.adapter is not None and not (settings.adapter / "manifest.json").is_file():
+        raise _wrong(f"{settings.adapter} has no manifest.json")
+    if settings.adapter_root is not None and not settings.adapter_root.is_dir():
+        raise _wrong(f"adapter_root: {settings.adapter_root} is not a directory")
+    if (fault := exposure_fault(settings)) is not None:
+        raise _wrong(fault)
     return settings
+
+
+def _wrong(text: str) -> typer.Exit:
+    """Say what is wrong with the options; return what ends the process."""
+    typer.echo(f"dalorra serve: {text}", err=True)
+    return typer.Exit(USAGE_ERROR)
 
 
 def _make_engine(settings: Settings) -> Engine:
     """Return the engine; runs in the loading thread, because importing torch takes seconds."""
     from server.engines.local import LocalEngine  # noqa: PLC0415
 
-    assert settings.adapter is not None  # noqa: S101 - _settings has checked
     return LocalEngine(
-        settings.adapter,
+        () if settings.adapter is None else (settings.adapter,),
         base=settings.base,
         device=settings.device,
         dtype=settings.dtype,
         deterministic=settings.deterministic,
+        trusted_keys=settings.trusted_keys,
     )

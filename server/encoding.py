@@ -44,7 +44,7 @@ def encode(
     faults: list[dict[str, object]] = []
     for index, question in enumerate(questions):
         try:
-            rows.append(engine.encode(card.name, question, request.truncate))
+            rows.append(engine.encode(card.key, question, request.truncate))
         except RowTooLongError as error:
             fault = {"code": "input_too_long", "limit": error.limit, "actual": error.actual}
             details = {"detail": str(error), "unit": "tokens"}

@@ -1,5 +1,6 @@
 """From bytes to a checked request: size, JSON, schema, limits; each fault with its pointer."""
 
+import asyncio
 import difflib
 import json
 from collections.abc import Mapping
@@ -16,13 +17,33 @@ from server.schemas.requests import (
     field_names,
     is_union_tag,
 )
+from server.schemas.vllm import INSTEAD
 from server.settings import Settings
 
-__all__ = ["MAX_FAULTS", "check_body_headers", "parse_document", "parse_request", "read_body"]
+__all__ = [
+    "MAX_FAULTS",
+    "check_body_headers",
+    "check_limits",
+    "check_num_rows",
+    "parse_document",
+    "parse_json",
+    "parse_request",
+    "read_body",
+    "validate",
+]
 
 M = TypeVar("M", bound=BaseModel)
 MAX_FAULTS = 20
+_MAX_READ = 10 * MAX_FAULTS  # of the schema's faults; several may be about one place
+_MAX_NAME = 64
 _FAULT_CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field"}
+# Faults of several fields together, and the one to point at
+_FIELD_OF = {
+    "duplicate_output": "outputs",
+    "mixed_forms": "input",
+    "no_effect": "truncation_side",
+    "two_names": "truncate_prompt_tokens",
+}
 _METADATA_DETAIL = (
     "must be a name of 1 to 64 characters with a string of at most 512, a finite number, "
     "true, false or null"
@@ -48,13 +69,27 @@ def check_body_headers(request: Request, max_body_bytes: int) -> None:
         raise _too_large(max_body_bytes, int(announced))
 
 
-async def read_body(request: Request, max_body_bytes: int) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """Return the body, with or without an announced length.
 
     Raises:
-        ApiError: 413 as soon as more bytes than the limit have come.
+        ApiError: 413 as soon as more bytes than ``max_body_bytes`` have come, 408 when they have
+            not all come within ``body_timeout_s``.
         ClientDisconnect: The client left before the body was complete.
     """
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            return await _receive(request, settings.max_body_bytes)
+    except TimeoutError:
+        raise ApiError(
+            "request_timeout",
+            f"the body did not come within body_timeout_s ({settings.body_timeout_s:g} s)",
+            # the rest of the body may yet come, and is not to be read as the next request
+            headers={"Connection": "close"},
+        ) from None
+
+
+async def _receive(request: Request, max_body_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -70,16 +105,10 @@ def parse_request(body: bytes, settings: Settings) -> ClassifyRequest:
         ApiError: 400 when it is not JSON, 422 when it does not keep to the schema or a limit, 413
             when it has too many rows.
     """
-    document = _parse_json(body)
-    rows = document.get("input") if isinstance(document, dict) else None
-    if isinstance(rows, list) and len(rows) > settings.max_rows:
-        raise ApiError(
-            "too_many_rows",
-            f"input has {len(rows)} rows; the limit max_rows is {settings.max_rows}",
-            errors=({"pointer": "#/input", "limit": settings.max_rows, "actual": len(rows)},),
-        )
-    request = _validate(document, ClassifyRequest)
-    _check_limits(request, settings)
+    document = parse_json(body)
+    check_num_rows(document.get("input") if isinstance(document, dict) else None, "input", settings)
+    request = validate(document, ClassifyRequest)
+    check_limits(request, settings)
     return request
 
 
@@ -89,17 +118,46 @@ def parse_document(body: bytes, schema: type[M]) -> M:
     Raises:
         ApiError: 400 when it is not JSON, 422 when it does not keep to the schema.
     """
-    return _validate(_parse_json(body), schema)
+    return validate(parse_json(body), schema)
 
 
-def _validate(document: Any, schema: type[M]) -> M:
+def check_num_rows(rows: object, field: str, settings: Settings) -> None:
+    """Refuse a list that is too long, before anything is made of its entries.
+
+    Args:
+        rows: What the body has in a field, of any form.
+        field: Where that is, such as ``input`` or ``inputs/0/data``.
+        settings: Has ``max_rows``.
+
+    Raises:
+        ApiError: 413.
+    """
+    if isinstance(rows, list) and len(rows) > settings.max_rows:
+        raise ApiError(
+            "too_many_rows",
+            f"{field} has {len(rows)} rows; the limit max_rows is {settings.max_rows}",
+            errors=({"pointer": f"#/{field}", "limit": settings.max_rows, "actual": len(rows)},),
+        )
+
+
+def validate(document: Any, schema: type[M]) -> M:
+    """Return a JSON document as the request that it must be.
+
+    Raises:
+        ApiError: 422 when it does not keep to the schema.
+    """
     try:
         return schema.model_validate(document)
     except ValidationError as error:
         raise _schema_error(error, schema) from None  # the cause would carry the text
 
 
-def _parse_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+    """Return a body as JSON.
+
+    Raises:
+        ApiError: 400 when it is not JSON in UTF-8, has a key twice or is nested too deeply.
+    """
     try:
         return json.loads(
             body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
@@ -129,11 +187,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _schema_error(error: ValidationError, schema: type[BaseModel]) -> ApiError:
     faults: dict[str, Mapping[str, object]] = {}
-    for fault in error.errors(include_url=False, include_input=False, include_context=False):
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    for fault in found[:_MAX_READ]:  # a body has room for a hundred thousand
         described = _describe(fault["loc"], fault["type"], fault["msg"], schema)
         faults.setdefault(str(described["pointer"]), described)
     first = next(iter(faults.values()))
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    others = len(faults) - 1
+    at_least = "at least " if len(found) > _MAX_READ else ""
+    more = f" (and {at_least}{others} more)" if others else ""
     detail = f"{first['pointer']}: {first['detail']}{more}"
     return ApiError("invalid_request", detail, errors=tuple(faults.values())[:MAX_FAULTS])
 
@@ -144,8 +205,8 @@ def _describe(
     names = [str(part) for part in location if not is_union_tag(part)]
     if names[:1] == ["metadata"] and len(names) > 1:
         names, message, kind = names[:2], _METADATA_DETAIL, "metadata_value"
-    if kind == "mixed_forms" and not names:
-        names = ["input"]
+    if kind in _FIELD_OF and not names:
+        names = [_FIELD_OF[kind]]
     fault: dict[str, object] = {
         "pointer": "/".join(["#", *(_escape(name) for name in names)]),
         "code": _FAULT_CODES.get(kind, kind),
@@ -153,18 +214,25 @@ def _describe(
     }
     if kind == "extra_forbidden":
         known = field_names(location, schema)
-        close = difflib.get_close_matches(names[-1], known, n=3)
+        close = difflib.get_close_matches(names[-1][:_MAX_NAME], known, n=3)
         advice = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+        if schema is ClassifyRequest and len(location) == 1:
+            advice = INSTEAD.get(names[0], advice)
         fault |= {"detail": f"unknown field; {advice}", "close_names": close}
     return fault
 
 
 def _escape(name: str) -> str:
-    shown = name if len(name) <= 64 else name[:61] + "..."  # noqa: PLR2004 - one line of text
+    shown = name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + "..."
     return shown.replace("~", "~0").replace("/", "~1")
 
 
-def _check_limits(request: ClassifyRequest, settings: Settings) -> None:
+def check_limits(request: ClassifyRequest, settings: Settings) -> None:
+    """Refuse rows with too many characters, and too many samples.
+
+    Raises:
+        ApiError: 422 naming the first row, or the number of samples.
+    """
     limit = settings.max_text_chars
     for index, item in enumerate(request.items):
         actual = _num_chars(item)

@@ -1,4 +1,4 @@
-"""The adapters that are loaded, by name."""
+"""Looking things up by name: policies of an adapter, and names that look alike."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,53 +6,7 @@ from collections.abc import Iterable
 from server.errors import ApiError
 from server.ports import AdapterCard, Policy
 
-__all__ = ["AdapterRegistry", "close_names", "find_policy", "quoted", "require_policy"]
-
-
-class AdapterRegistry:
-    """Name -> card. A name that is not there is an error, never another adapter."""
-
-    def __init__(self) -> None:
-        self._cards: dict[str, AdapterCard] = {}
-
-    def publish(self, cards: Iterable[AdapterCard]) -> None:
-        """Make adapters answerable, by their names."""
-        self._cards.update({card.name: card for card in cards})
-
-    @property
-    def cards(self) -> tuple[AdapterCard, ...]:
-        """All loaded adapters, by name."""
-        return tuple(self._cards[name] for name in sorted(self._cards))
-
-    def find(self, model: str | None) -> AdapterCard:
-        """Return the adapter a request means.
-
-        Args:
-            model: ``name`` or ``name:revision``; None when there is only one adapter to mean.
-
-        Raises:
-            ApiError: 404 with close names; 422 when the name is left out and several are loaded.
-        """
-        if model is None:
-            if len(self._cards) == 1:
-                return next(iter(self._cards.values()))
-            names = ", ".join(sorted(self._cards))
-            raise ApiError(
-                "invalid_request",
-                f"model is required, because several adapters are loaded: {names}",
-                errors=({"pointer": "#/model", "code": "missing_field"},),
-            )
-        name, _, revision = model.partition(":")
-        card = self._cards.get(name)
-        if card is not None and revision in ("", card.revision):
-            return card
-        known = [f"{card.name}:{card.revision}"] if card else close_names(name, self._cards)
-        advice = f"; close names: {', '.join(known)}" if known else ""
-        raise ApiError(
-            "model_not_found",
-            f"no adapter {quoted(model)} is loaded{advice}",
-            errors=({"pointer": "#/model", "close_names": known},),
-        )
+__all__ = ["close_names", "find_policy", "quoted", "require_policy"]
 
 
 def find_policy(card: AdapterCard, name: str) -> Policy:

@@ -1,39 +1,46 @@
 """What one app is made of, and the straight line of one classification.
 
-Permit -> schema -> encode -> reserve tokens -> engine -> decision -> telemetry -> answer. HTTP
+Permit -> schema -> adapter -> encode -> reserve tokens -> engine -> decision -> telemetry. HTTP
 stays in ``routes``; this file sees parsed requests and plain values.
 """
 
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from fastapi import Request
 
-from server.batching import Admission, Answer, BatchFailedError, DeadlinePassedError, Permit, Ticket
+from server.adapters import AdapterManager, Lease
+from server.batching import (
+    Admission,
+    Answer,
+    Batcher,
+    BatchFailedError,
+    BatchTooLargeError,
+    DeadlinePassedError,
+    Permit,
+    Ticket,
+)
+from server.claims import sign_answers
 from server.decision import Verdict
 from server.encoding import check_kind, encode
 from server.errors import ApiError
-from server.feedback import FeedbackStore, PredictionClaim, PredictionSigner, make_nonce
+from server.feedback import FeedbackStore, PredictionSigner
 from server.lifecycle import Lifecycle
 from server.logs import current_request_id
-from server.ports import (
-    AdapterCard,
-    BatchKey,
-    EncodedRow,
-    EngineStoppedError,
-    RowScores,
-    Sampling,
-)
-from server.registry import AdapterRegistry
+from server.ports import AdapterCard, BatchKey, EncodedRow, EngineStoppedError, Priority
 from server.ruling import Ruling, rule
+from server.sampling import resolve_sampling
 from server.schemas import ClassifyRequest
 from server.settings import Settings
+from server.shadow import Compared, Shadows
 from server.telemetry import Telemetry
 
-__all__ = ["Outcome", "Progress", "Service", "service_of", "sign"]
+__all__ = ["Outcome", "Progress", "Service", "engine_stopped", "service_of"]
+
+RETRY_S = 5
 
 
 @dataclass(slots=True)
@@ -75,6 +82,16 @@ class Outcome:
     tokenize_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """When and how urgently an answer is wanted, and what it may take."""
+
+    permit: Permit
+    deadline_s: float
+    priority: Priority
+    progress: Progress
+
+
 @dataclass(frozen=True)
 class Service:
     """The parts of one app.
@@ -85,16 +102,22 @@ class Service:
 
     settings: Settings
     telemetry: Telemetry
-    registry: AdapterRegistry
+    adapters: AdapterManager
     admission: Admission
     lifecycle: Lifecycle
     encoders: ThreadPoolExecutor
     what_if: ThreadPoolExecutor
+    shadows: Shadows
     signer: PredictionSigner
     feedback: FeedbackStore | None
 
     async def classify(
-        self, request: ClassifyRequest, permit: Permit, deadline_s: float, progress: Progress
+        self,
+        request: ClassifyRequest,
+        permit: Permit,
+        deadline_s: float,
+        progress: Progress,
+        priority: Priority = "interactive",
     ) -> Outcome:
         """Answer every row of a request.
 
@@ -103,49 +126,82 @@ class Service:
             permit: Takes the request's rows and tokens; the caller gives it back.
             deadline_s: When the answer is worthless, in seconds on the monotonic clock.
             progress: Filled in on the way.
+            priority: Who goes first when not all can.
 
         Raises:
             ApiError: The request cannot be answered as it stands.
             QueueFullError: There is no room for its rows or tokens.
-            TimeoutError: The deadline passed in the queue.
+            TimeoutError: The deadline passed in the queue or in the engine.
         """
-        engine = self.lifecycle.engine
-        card = self.registry.find(request.model)
+        self.lifecycle.require_serving()
+        terms = _Terms(permit, deadline_s, priority, progress)
+        async with self.adapters.lease(request.model, current_request_id()) as lease:
+            outcome = await self._answer(lease, request, terms)
+        self._observe(outcome)
+        if (shadow := lease.shadow) is not None:
+            self.shadows.start(_compared(outcome), lambda: self._ask_shadow(shadow, request))
+        return outcome
+
+    async def _answer(self, lease: Lease, request: ClassifyRequest, terms: _Terms) -> Outcome:
+        card, engine = lease.card, lease.engine
+        batcher = self.lifecycle.batcher  # of this engine: a row means nothing to another one
         sampling = resolve_sampling(request, card)
         ruling = rule(card, request.policy, sampling, self.settings.locked_policy)
         questions = request.questions()
         check_kind(request, questions[0], card)
-        permit.reserve_rows(len(questions))
+        terms.permit.reserve_rows(len(questions))
 
         began_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self.encoders, encode, engine, card, request, questions)
-        key = BatchKey(card.name, sampling)
-        mask_set = await loop.run_in_executor(self.encoders, engine.mask_set, key)
+        key = BatchKey(card.key, sampling)
+        try:
+            rows = await loop.run_in_executor(
+                self.encoders, encode, engine, card, request, questions
+            )
+            mask_set = await loop.run_in_executor(self.encoders, engine.mask_set, key)
+        except EngineStoppedError:
+            raise engine_stopped() from None
         tokenize_s = time.monotonic() - began_s
         self.telemetry.stage("tokenize", tokenize_s)
         longest = max(row.num_tokens for row in rows)
-        permit.reserve_tokens(longest * len(rows) * sampling.passes)
+        terms.permit.reserve_tokens(longest * len(rows) * sampling.passes)
 
-        ticket = Ticket(key, rows, deadline_s=deadline_s, request_id=current_request_id())
-        answer = await self._ask(ticket, progress)
+        ticket = Ticket(
+            key,
+            rows,
+            deadline_s=terms.deadline_s,
+            request_id=current_request_id(),
+            priority=terms.priority,
+        )
+        answer = await self._ask(batcher, ticket, terms.progress)
         verdicts = tuple(
             ruling.decide(scores, truncated=row.truncated)
             for row, scores in zip(rows, answer.rows, strict=True)
         )
-        outcome = Outcome(
+        return Outcome(
             card=card,
             key=key,
             ruling=ruling,
             rows=rows,
             answer=answer,
             verdicts=verdicts,
-            prediction_ids=sign(self.signer, card, ruling, key.sampling, answer.rows, verdicts),
+            prediction_ids=sign_answers(
+                self.signer, card, ruling, sampling, answer.rows, verdicts, mask_set=mask_set
+            ),
             mask_set=mask_set,
             tokenize_s=tokenize_s,
         )
-        self._observe(outcome)
-        return outcome
+
+    async def _ask_shadow(self, model: str, request: ClassifyRequest) -> Compared:
+        """Answer a request once more with another adapter, when nothing better is to be done."""
+        timeout_s = self.settings.request_timeout_s
+        with self.admission.enter("batch") as permit:
+            terms = _Terms(permit, time.monotonic() + timeout_s, "batch", Progress())
+            async with (
+                asyncio.timeout(timeout_s),
+                self.adapters.lease(model, current_request_id()) as lease,
+            ):
+                return _compared(await self._answer(lease, request, terms))
 
     def _observe(self, outcome: Outcome) -> None:
         """Count what was answered; rows of another sampling stay out of the drift metrics."""
@@ -155,17 +211,17 @@ class Service:
             if outcome.ruling.default_sampling:
                 self.telemetry.drift(outcome.card, scores)
 
-    async def _ask(self, ticket: Ticket, progress: Progress) -> Answer:
+    async def _ask(self, batcher: Batcher, ticket: Ticket, progress: Progress) -> Answer:
         progress.ticket = ticket
+        retry = {"Retry-After": str(RETRY_S)}
         try:
-            self.lifecycle.batcher.submit(ticket)
+            batcher.submit(ticket)
             return await asyncio.wrap_future(ticket.future)
         except EngineStoppedError:
-            raise ApiError(
-                "engine_unavailable",
-                "the engine stopped before it could answer",
-                headers={"Retry-After": "5"},
-            ) from None
+            raise engine_stopped() from None
+        except BatchTooLargeError:
+            detail = "the engine ran out of memory on this request; send fewer or shorter rows"
+            raise ApiError("out_of_memory", detail, headers=retry) from None
         except BatchFailedError:
             detail = f"the engine failed on this request; report request id {ticket.request_id}"
             raise ApiError("internal_error", detail) from None
@@ -173,35 +229,13 @@ class Service:
             raise TimeoutError from None
 
 
-def sign(
-    signer: PredictionSigner,
-    card: AdapterCard,
-    ruling: Ruling,
-    sampling: Sampling,
-    rows: tuple[RowScores, ...],
-    verdicts: tuple[Verdict, ...],
-) -> tuple[str, ...]:
-    """Return the signed id of every row: what was answered, by whom, under which promise."""
-    issued_at = int(time.time())
-    claims = (
-        PredictionClaim(
-            adapter=card.name,
-            revision=card.revision,
-            label=scores.label,
-            confidence=scores.confidence,
-            decision=verdict.decision,
-            policy=ruling.policy.name if ruling.policy else None,
-            target_risk=ruling.target_risk,
-            num_samples=sampling.num_samples,
-            seed=sampling.seed,
-            estimator=sampling.estimator,
-            issued_at=issued_at,
-            nonce=make_nonce(),
-            default_sampling=ruling.default_sampling,
-        )
-        for scores, verdict in zip(rows, verdicts, strict=True)
+def engine_stopped() -> ApiError:
+    """Return the answer to a request whose engine was lost under it."""
+    return ApiError(
+        "engine_unavailable",
+        "the engine stopped before it could answer",
+        headers={"Retry-After": str(RETRY_S)},
     )
-    return tuple(signer.sign(claim) for claim in claims)
 
 
 def service_of(request: Request) -> Service:
@@ -209,30 +243,9 @@ def service_of(request: Request) -> Service:
     return cast("Service", request.app.state.service)
 
 
-def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
-    """Return the sampling of a request: the adapter's defaults with what the request changes.
-
-    Raises:
-        ApiError: 422 when several samples are asked of something that has one function only.
-    """
-    estimator = request.estimator or card.defaults.estimator
-    single = estimator == "mean_mask" or card.point_method
-    if single and request.num_samples not in (None, 1):
-        reason = (
-            f"adapter {card.name} does not sample (method {card.method})"
-            if card.point_method
-            else "the mean_mask estimator is one deterministic pass"
-        )
-        raise ApiError(
-            "invalid_request",
-            f"num_samples must be 1 or left out: {reason}",
-            errors=({"pointer": "#/num_samples", "limit": 1, "actual": request.num_samples},),
-        )
-    defaults = card.defaults
-    return replace(
-        defaults,
-        estimator=estimator,
-        num_samples=1 if single else (request.num_samples or defaults.num_samples),
-        # one function has no seed; leaving the default lets such rows share batches
-        seed=defaults.seed if single or request.seed is None else request.seed,
+def _compared(outcome: Outcome) -> Compared:
+    return Compared(
+        outcome.card,
+        tuple(scores.label for scores in outcome.answer.rows),
+        tuple(verdict.decision for verdict in outcome.verdicts),
     )

@@ -34,11 +34,71 @@ class Settings(BaseSettings):
         description="Name of the policy that no request can loosen; none is locked if unset.",
     )
 
+    # adapters at run time
+    adapter_root: Path | None = Field(
+        default=None,
+        description="Directory of adapter directories; those in it can be loaded and unloaded "
+        "while the server runs. Without it the adapter is fixed.",
+    )
+    adapter_memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="MiB that loaded adapters may take; the one unused for longest goes first, "
+        "never a pinned one. No bound if unset.",
+    )
+    trusted_keys: Path | None = Field(
+        default=None,
+        description="File of PEM public keys; adapters that none of them signed are refused. "
+        "Nothing need be signed if unset.",
+    )
+
+    # who may come in
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys, made by `dalorra keys`; without it every caller may do all.",
+    )
+    allow_unauthenticated: bool = Field(
+        default=False,
+        description="Listen on other addresses than loopback although there are no API keys.",
+    )
+
     # the socket and the process
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
     drain_seconds: float = Field(
         default=5.0, ge=0, le=600, description="Keep serving so long after SIGTERM, not ready."
+    )
+    max_connections: int = Field(
+        default=1024, ge=1, description="Connections at a time; more are closed at once."
+    )
+    max_header_bytes: int = Field(
+        default=32_768, ge=1024, description="Bytes of the request line and the headers."
+    )
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, description="Time for a client to send its headers, in seconds."
+    )
+    body_timeout_s: float = Field(
+        default=15.0, gt=0, description="Time for a client to send its body, in seconds."
+    )
+    write_timeout_s: float = Field(
+        default=30.0, gt=0, description="Time for a client to take its answer, in seconds."
+    )
+    tls_cert: Path | None = Field(
+        default=None,
+        description="PEM file of the server's certificate and its chain; plain HTTP if unset.",
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM file of the certificate's private key, not encrypted."
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file of authorities; clients must show a certificate of one of them. "
+        "None need to if unset.",
+    )
+    otel_endpoint: str | None = Field(
+        default=None,
+        description="OTLP/HTTP collector for traces, such as http://localhost:4318; needs the "
+        "extra otel. No traces if unset.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug, info, warning or error."
@@ -75,12 +135,41 @@ class Settings(BaseSettings):
         description="Padded tokens times samples of one batch; the engine's own choice if unset.",
     )
     batch_wait_ms: float = Field(
-        default=4.0, ge=0, le=1000, description="How long an idle engine waits for company."
+        default=4.0,
+        ge=0,
+        le=1000,
+        description="How long an idle engine waits for company, if any is on its way.",
     )
-    stall_s: float = Field(
-        default=120.0, gt=0, description="A batch running longer makes the server not ready."
+    batch_priority_delay_ms: float = Field(
+        default=2000.0,
+        ge=0,
+        le=600_000,
+        description="How much later than it came a row of priority batch is taken to have come.",
+    )
+    batch_priority_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share of the requests, rows and tokens inside that may be of priority batch.",
     )
     encode_threads: int = Field(default=2, ge=1, le=64, description="Threads that tokenise.")
+
+    # health
+    stall_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="An engine without a sign of life for so long is hung (or ten times its "
+        "slowest forward pass so far, if that is longer), in seconds.",
+    )
+    max_engine_restarts: int = Field(
+        default=3, ge=0, description="Restarts of a dead or hung engine within an hour."
+    )
+    max_failed_batches: int = Field(
+        default=3, ge=1, description="So many failed batches in a row make the server not ready."
+    )
+    selftest_interval_s: float = Field(
+        default=300.0, gt=0, description="Time between self tests of the adapters, in seconds."
+    )
 
     # feedback
     state_dir: Path | None = Field(
@@ -114,6 +203,10 @@ class Settings(BaseSettings):
                 f"max_rows ({self.max_rows}) must not exceed max_queued_rows "
                 f"({self.max_queued_rows}), or the largest allowed request could never enter"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
         return self
 
     @staticmethod
@@ -131,7 +224,7 @@ class Settings(BaseSettings):
 def unknown_environment() -> list[str]:
     """Return the ``DALORRA_`` variables that no setting reads: most likely misspelt."""
     known = {f"DALORRA_{name.upper()}" for name in Settings.model_fields}
-    known |= {"DALORRA_CACHE", "DALORRA_TEST_REQUIRE"}  # read elsewhere
+    known |= {"DALORRA_API_KEY", "DALORRA_CACHE", "DALORRA_TEST_REQUIRE"}  # read elsewhere
     return sorted(
         name for name in os.environ if name.startswith("DALORRA_") and name.upper() not in known
     )

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from server.errors import ApiError
+from server.logs import current_request_id
 from server.ports import (
     AdapterCard,
+    EngineStoppedError,
     NotCalibratedError,
     Policy,
     PolicyEvaluation,
@@ -16,7 +18,7 @@ from server.ports import (
 )
 from server.ruling import check_applicable, choose_policy
 from server.schemas import EvaluateRequest, RiskCoverageQuery
-from server.service import Service
+from server.service import Service, engine_stopped
 
 __all__ = ["Curve", "Evaluation", "evaluate_policy", "risk_coverage"]
 
@@ -49,13 +51,17 @@ async def risk_coverage(service: Service, model: str, query: RiskCoverageQuery) 
     Raises:
         ApiError: 404 for an unknown adapter, 422 when its stored rows cannot answer this.
     """
-    engine, card = service.lifecycle.engine, service.registry.find(model)
-    share = _share(card, query.out_of_scope_share)
-    score = query.score or _first_score(card)
-    points = await _in_thread(
-        service,
-        lambda: engine.risk_coverage(card.name, score, out_of_scope_share=share, delta=query.delta),
-    )
+    service.lifecycle.require_serving()
+    async with service.adapters.lease(model, current_request_id()) as lease:
+        card, engine = lease.card, lease.engine
+        share = _share(card, query.out_of_scope_share)
+        score = query.score or _first_score(card)
+        points = await _in_thread(
+            service,
+            lambda: engine.risk_coverage(
+                card.key, score, out_of_scope_share=share, delta=query.delta
+            ),
+        )
     return Curve(card, score, share, points)
 
 
@@ -66,22 +72,26 @@ async def evaluate_policy(service: Service, request: EvaluateRequest) -> Evaluat
         ApiError: 404 for an unknown adapter, 422 when there is no such policy or the adapter's
             stored rows cannot answer this.
     """
-    engine, card = service.lifecycle.engine, service.registry.find(request.model)
-    policy = choose_policy(card, request.policy)
-    check_applicable(policy, card.defaults, card)
-    share = _share(card, request.out_of_scope_share)
-    result = await _in_thread(
-        service,
-        lambda: engine.evaluate_policy(
-            card.name, policy, out_of_scope_share=share, delta=request.delta
-        ),
-    )
+    service.lifecycle.require_serving()
+    async with service.adapters.lease(request.model, current_request_id()) as lease:
+        card, engine = lease.card, lease.engine
+        policy = choose_policy(card, request.policy)
+        check_applicable(policy, card.defaults, card)
+        share = _share(card, request.out_of_scope_share)
+        result = await _in_thread(
+            service,
+            lambda: engine.evaluate_policy(
+                card.key, policy, out_of_scope_share=share, delta=request.delta
+            ),
+        )
     return Evaluation(card, policy, share, result)
 
 
 async def _in_thread(service: Service, ask: Callable[[], T]) -> T:
     try:
         return await asyncio.get_running_loop().run_in_executor(service.what_if, ask)
+    except EngineStoppedError:
+        raise engine_stopped() from None
     except NotCalibratedError as error:
         raise ApiError("not_calibrated", str(error)) from None
     except ValueError as error:

@@ -4,6 +4,7 @@ Nothing of the product is imported at the top: the shape checker must see each m
 import.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(getattr(pytest.mark, folder))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_device)
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_put_back() -> Iterator[None]:
+    """Undo what a command that ran in process did to the root logger: its stream is closed now."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

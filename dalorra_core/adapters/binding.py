@@ -1,36 +1,83 @@
-"""Lend a sample pack to the adapted layers for the length of one forward pass.
+"""Lend sample packs to the adapted layers for the length of one forward pass.
 
 The layers of one model share one Binding. Nothing is bound outside a ``with`` block, so a
 forward without a pack is the base model's, and a pack can never leak into the next forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from dalorra_core.adapters.pack import ModulePack, SamplePack
+from dalorra_core.errors import ConfigError
 
-__all__ = ["Binding"]
+__all__ = ["Binding", "Loan"]
+
+
+class Loan(NamedTuple):
+    """What one adapted layer gets of one pack.
+
+    Attributes:
+        module: Its factors.
+        num_samples: M.
+        scaling: lora_alpha / r.
+        rows: Which of each sample's B rows they are for; None for all.
+    """
+
+    module: ModulePack
+    num_samples: int
+    scaling: float
+    rows: slice | None
 
 
 class Binding:
-    """Holds the pack of the forward pass under way; used by one thread at a time."""
+    """Holds the packs of the forward pass under way; used by one thread at a time."""
 
     def __init__(self) -> None:
-        self._pack: SamplePack | None = None
+        self._lent: tuple[tuple[SamplePack, slice | None], ...] = ()
 
     @contextmanager
-    def bind(self, pack: SamplePack) -> Iterator[None]:
-        """Lend ``pack`` to the layers inside the block, then take it back, also on error."""
-        if self._pack is not None:
+    def bind(self, *packs: SamplePack, rows: Sequence[int] = ()) -> Iterator[None]:
+        """Lend packs to the layers inside the block, then take them back, also on error.
+
+        Args:
+            packs: One pack for the whole batch; or several of equal M, each for its own rows.
+            rows: With several packs, how many of each sample's B rows each one has, in order:
+                row b of the batch belongs to the pack whose run of rows holds b.
+
+        Raises:
+            RuntimeError: Packs are lent already: two forwards would share them.
+            ConfigError: The packs differ in M, or the counts do not fit them.
+        """
+        if self._lent:
             raise RuntimeError("a sample pack is already bound to this model")
-        self._pack = pack
+        self._lent = _shares(packs, rows)
         try:
             yield
         finally:
-            self._pack = None
+            self._lent = ()
 
-    def lookup(self, module: str) -> tuple[ModulePack, int, float] | None:
-        """Return (factors, M, scaling) of ``module``, or None when nothing is bound for it."""
-        if self._pack is None or module not in self._pack.modules:
-            return None
-        return self._pack.modules[module], self._pack.num_samples, self._pack.scaling
+    def lookup(self, module: str) -> tuple[Loan, ...]:
+        """Return what is bound for ``module``, in order of rows; empty when nothing is."""
+        return tuple(
+            Loan(pack.modules[module], pack.num_samples, pack.scaling, rows)
+            for pack, rows in self._lent
+            if module in pack.modules
+        )
+
+
+def _shares(
+    packs: Sequence[SamplePack], rows: Sequence[int]
+) -> tuple[tuple[SamplePack, slice | None], ...]:
+    if len(packs) == 1 and not rows:
+        return ((packs[0], None),)
+    samples = {pack.num_samples for pack in packs}
+    if len(samples) != 1:
+        raise ConfigError(f"packs bound together must have equal num_samples, got {samples}")
+    if len(rows) != len(packs) or min(rows) < 1:
+        raise ConfigError(f"each of {len(packs)} packs must have at least one row, got {rows}")
+    stops = [sum(rows[: i + 1]) for i in range(len(rows))]
+    return tuple(
+        (pack, slice(stop - count, stop))
+        for pack, count, stop in zip(packs, rows, stops, strict=True)
+    )

@@ -9,7 +9,7 @@ from torch import nn
 
 from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.linear import AdaptedLinear
-from dalorra_core.errors import ConfigError
+from dalorra_core.errors import BaseModelError, ConfigError
 
 __all__ = [
     "LM_HEAD",
@@ -113,24 +113,54 @@ def _linear_layers(model: nn.Module) -> Iterator[TargetSpec]:
             yield TargetSpec(name, module.in_features, module.out_features, int(number[1]))
 
 
-def inject(model: nn.Module, specs: Sequence[TargetSpec]) -> Binding:
+def inject(model: nn.Module, specs: Sequence[TargetSpec], binding: Binding) -> None:
     """Replace every decoder module of ``specs`` by an adapted layer; changes ``model``.
 
-    ``lm_head`` is left alone: it is often tied to the input embedding, and only the label rows
-    of its adapter are ever used (predictive/label_head.py applies them).
+    A layer that is adapted already stays as it is: with nothing bound for it, it is exactly its
+    base layer, so one model serves any number of adapters. ``lm_head`` is left alone: it is often
+    tied to the input embedding, and only the label rows of an adapter are ever used
+    (predictive/label_head.py applies them).
 
-    Returns:
-        The binding through which packs are lent to the new layers.
+    Args:
+        model: A causal LM.
+        specs: Modules of one adapter.
+        binding: Through which packs are lent to the new layers; the same one at every call.
+
+    Raises:
+        BaseModelError: A module is no linear layer of this model, or has another shape or layer
+            number than its spec says. Nothing has been replaced then.
     """
-    binding = Binding()
-    for spec in specs:
-        if spec.name == LM_HEAD:
-            continue
-        parent_name, _, child = spec.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, child)
-        setattr(parent, child, AdaptedLinear(base, spec.name, binding))
-    return binding
+    wanted = [spec for spec in specs if spec.name != LM_HEAD]
+    layers = [_layer_named(model, spec) for spec in wanted]
+    for spec, layer in zip(wanted, layers, strict=True):
+        if not isinstance(layer, AdaptedLinear):
+            parent, _, child = spec.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, AdaptedLinear(layer, spec.name, binding))
+
+
+def _layer_named(model: nn.Module, spec: TargetSpec) -> nn.Linear | AdaptedLinear:
+    """Return the layer that a spec names."""
+    layer: nn.Module = model
+    for part in spec.name.split("."):
+        # What lies inside an adapted layer is no module of the base model.
+        inside = {} if isinstance(layer, AdaptedLinear) else dict(layer.named_children())
+        if part not in inside:
+            raise BaseModelError(f"the base model has no module {spec.name!r} to adapt")
+        layer = inside[part]
+    if not isinstance(layer, nn.Linear | AdaptedLinear):
+        raise BaseModelError(
+            f"module {spec.name!r} of the base model must be a linear layer to be adapted, "
+            f"got {type(layer).__name__}"
+        )
+    linear = layer.base if isinstance(layer, AdaptedLinear) else layer
+    number = _LAYER_NUMBER.search(f".{spec.name}.")
+    found = (linear.in_features, linear.out_features, int(number[1]) if number else None)
+    if found != (spec.d_in, spec.d_out, spec.layer):
+        raise BaseModelError(
+            f"module {spec.name!r} of the base model has (d_in, d_out, layer) {found}, "
+            f"the adapter's has {(spec.d_in, spec.d_out, spec.layer)}"
+        )
+    return layer
 
 
 def count_parameters(specs: Sequence[TargetSpec], r: int) -> int:

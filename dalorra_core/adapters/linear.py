@@ -3,7 +3,7 @@
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dalorra_core.adapters.binding import Binding
+from dalorra_core.adapters.binding import Binding, Loan
 from dalorra_core.adapters.pack import ModulePack, unfold
 
 __all__ = ["AdaptedLinear", "low_rank_delta"]
@@ -53,10 +53,18 @@ class AdaptedLinear(nn.Module):
         self._binding = binding
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return W0 h, plus the adapter's part when a pack is bound: (M*B, ..., d_out)."""
+        """Return W0 h, plus the adapters' parts where packs are bound: (M*B, ..., d_out)."""
         out = self.base(h)
-        found = self._binding.lookup(self.name)
-        if found is None:
-            return out
-        module, num_samples, scaling = found
-        return out + low_rank_delta(h, module, num_samples, scaling)
+        for loan in self._binding.lookup(self.name):
+            out = _with_delta(out, h, loan)
+        return out
+
+
+def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
+    """Return ``out`` with one pack's part added to its rows; changes ``out`` when not all are."""
+    module, m, scaling, rows = loan
+    if rows is None:
+        return out + low_rank_delta(h, module, m, scaling)
+    own = unfold(h, m)[:, rows].flatten(0, 1)  # (M*B_g, ..., d_in)
+    unfold(out, m)[:, rows] += unfold(low_rank_delta(own, module, m, scaling), m)
+    return out

@@ -1,4 +1,4 @@
-"""The core's commands: train, evaluate, calibrate, predict and inspect. The server adds serve."""
+"""The core's commands, from train to verify. The server adds its own, such as serve."""
 
 import typer
 
@@ -6,7 +6,9 @@ from dalorra_core.cli.calibrate import calibrate_command
 from dalorra_core.cli.evaluate import evaluate_command
 from dalorra_core.cli.inspect import inspect_command
 from dalorra_core.cli.predict import predict_command
+from dalorra_core.cli.sign import sign_command
 from dalorra_core.cli.train import train_command
+from dalorra_core.cli.verify import verify_command
 
 __all__ = ["app"]
 
@@ -20,3 +22,5 @@ app.command("evaluate")(evaluate_command)
 app.command("calibrate")(calibrate_command)
 app.command("predict")(predict_command)
 app.command("inspect")(inspect_command)
+app.command("sign")(sign_command)
+app.command("verify")(verify_command)

@@ -244,5 +244,7 @@ def _prediction(
 
 def _write(adapter: Path, predictor: Predictor, outcome: CalibrationOutcome) -> None:
     updates = {"calibration": outcome.calibration, "policies": outcome.policies}
-    update_artifact(adapter, predictor.manifest.model_copy(update=updates), outcome.content)
+    void = update_artifact(adapter, predictor.manifest.model_copy(update=updates), outcome.content)
+    if void:
+        note("its signature was of the old calibration and is gone; sign it again: dalorra sign")
     note(f"wrote {adapter}; try: dalorra inspect {adapter}")

@@ -1,19 +1,27 @@
-"""The fused forward: M samples of B rows through the model as one batch of M*B rows."""
+"""The fused forward: M samples of B rows through the model as one batch of M*B rows.
 
+Rows of several adapters may share it: the base model's products run once over all of them, each
+adapter's low-rank parts and label head over its own rows.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dalorra_core.adapters.binding import Binding
-from dalorra_core.adapters.inject import LM_HEAD, TargetSpec, decoder_of, inject
-from dalorra_core.adapters.pack import ModulePack, SamplePack, fold, unfold
+from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
+from dalorra_core.adapters.pack import ModulePack, SamplePack, unfold
 from dalorra_core.data.collate import TokenBatch
 from dalorra_core.data.labels import LabelSet
-from dalorra_core.predictive.fork import LateFold
+from dalorra_core.errors import ConfigError
+from dalorra_core.predictive.fork import first_adapted_layer
 from dalorra_core.predictive.label_head import LabelHead
+from dalorra_core.predictive.trunk import Trunk
 
-__all__ = ["LabelLogits", "LabelModel"]
+__all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,26 @@ class LabelLogits:
 
 
 class LabelModel(nn.Module):
-    """A frozen causal LM with adapted layers and a head over the label tokens."""
+    """One adapter's view of a trunk: its adapted layers and a head over its label tokens.
 
-    def __init__(
-        self, model: nn.Module, specs: tuple[TargetSpec, ...], label_set: LabelSet
-    ) -> None:
+    Holds no tensor of the adapter but the frozen label rows; packs are lent for each forward.
+    """
+
+    def __init__(self, trunk: Trunk, specs: tuple[TargetSpec, ...], label_set: LabelSet) -> None:
         super().__init__()
-        model.requires_grad_(requires_grad=False)
-        model.eval()
-        self.decoder = decoder_of(model)
-        self.head = LabelHead(model, label_set.token_ids)
-        self.head.check_against(model, self.decoder)
-        self.binding: Binding = inject(model, specs)
-        self._late_fold = LateFold(self.decoder, specs)
-        self._folds_late = self._late_fold.possible and self._agrees_with_early_fold(specs)
+        self.trunk = trunk
+        self.decoder = trunk.decoder
+        self.head = LabelHead(trunk.model, label_set.token_ids)
+        with trunk.turns:
+            self.head.check_against(trunk.model, trunk.decoder)
+        self.head.check_adapter(specs)
+        trunk.adapt(specs)
+        self.fold_layer = self._fold_layer(specs)
+
+    @property
+    def num_labels(self) -> int:
+        """C."""
+        return len(self.head.weight)
 
     def forward(
         self, batch: TokenBatch, pack: SamplePack, *, label_mass: bool = False
@@ -58,24 +72,18 @@ class LabelModel(nn.Module):
         Source:
             docs/decisions/0002: row m*B + b is sample m of row b.
         """
-        m = pack.num_samples
-        last = batch.last_index.repeat(m)  # (M*B,)
-        states = self._states(batch.input_ids, pack, late=self._folds_late)  # (M*B, T, d)
-        hidden = states[torch.arange(len(last), device=last.device), last]  # (M*B, d)
-        logits = self.head(hidden, pack)  # (M*B, C)
-        mass = unfold(self.head.label_mass(hidden, logits), m) if label_mass else None
-        return LabelLogits(unfold(logits, m), mass)
-
-    def _states(self, input_ids: Tensor, pack: SamplePack, *, late: bool) -> Tensor:
-        """Return the last hidden states (M*B, T, d), folding before or inside the decoder."""
-        m = pack.num_samples
-        ids = input_ids if late else fold(input_ids, m)
-        with self.binding.bind(pack), self._late_fold.samples(m if late else 1):
-            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        (found,) = forward_together((PackedRows(self, pack, batch),), label_mass=label_mass)
+        return found
 
     @torch.no_grad()
-    def _agrees_with_early_fold(self, specs: tuple[TargetSpec, ...]) -> bool:
-        """Try both ways once, on two rows and two samples with different gates."""
+    def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
+        """Return where samples may be folded in; None: before the decoder only.
+
+        Tries both ways once, on two rows and two samples with different gates.
+        """
+        first = first_adapted_layer(self.decoder, specs)
+        if first is None:
+            return None
         device = self.head.weight.device
         modules = {
             s.name: ModulePack(
@@ -88,11 +96,92 @@ class LabelModel(nn.Module):
         }
         pack = SamplePack(2, 1.0, modules)
         ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
-        early = self._states(ids, pack, late=False)
-        try:
-            late = self._states(ids, pack, late=True)
-        except (RuntimeError, ValueError):  # a mask or a cache with a batch axis of its own
-            return False
-        return late.shape == early.shape and bool(
+        with self.trunk.turns:
+            early = self.trunk.states(ids, (pack,), (2,), None)
+            try:
+                late = self.trunk.states(ids, (pack,), (2,), first)
+            except (RuntimeError, ValueError):  # a mask or a cache with a batch axis of its own
+                return None
+        agree = late.shape == early.shape and bool(
             torch.allclose(late.float(), early.float(), rtol=1e-2, atol=1e-2)
         )
+        return first if agree else None
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows that one adapter answers with one pack.
+
+    Attributes:
+        model: The adapter.
+        pack: Its M samples.
+        batch: Its B_g rows, on the model's device.
+    """
+
+    model: LabelModel
+    pack: SamplePack
+    batch: TokenBatch
+
+
+def forward_together(
+    groups: Sequence[PackedRows], *, label_mass: bool = False
+) -> tuple[LabelLogits, ...]:
+    """Return the label logits of several adapters' rows, computed in one forward.
+
+    Ranks, scalings, adapted modules and label counts may differ from group to group; an answer
+    does not depend on the other groups, beyond rounding. Holds the trunk's turn throughout.
+
+    Args:
+        groups: At least one; all on one trunk, with equal M.
+        label_mass: Also compute the label tokens' share of the full vocabulary.
+
+    Returns:
+        One for each group, in order.
+
+    Raises:
+        ConfigError: The groups do not share a trunk or M.
+    """
+    trunk, m = groups[0].model.trunk, groups[0].pack.num_samples
+    if any(group.model.trunk is not trunk for group in groups):
+        raise ConfigError("rows of one forward must be of adapters on one base model in memory")
+    rows = [len(group.batch.last_index) for group in groups]
+    input_ids = _joined([group.batch.input_ids for group in groups])  # (B, T)
+    last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
+    with trunk.turns:
+        packs = [group.pack for group in groups]
+        states = trunk.states(input_ids, packs, rows, _fold_layer(groups))  # (M*B, T, d)
+        folded = states[torch.arange(len(last), device=last.device), last]  # (M*B, d)
+        hidden = unfold(folded, m)  # (M, B, d)
+        full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
+        return tuple(
+            _answers(group, hidden[:, own], None if full is None else full[:, own])
+            for group, own in zip(groups, _runs(rows), strict=True)
+        )
+
+
+def _answers(group: PackedRows, hidden: Tensor, full: Tensor | None) -> LabelLogits:
+    """Return one group's answers from its hidden states (M, B_g, d) and full logits."""
+    head, m = group.model.head, group.pack.num_samples
+    logits = unfold(head(hidden.flatten(0, 1), group.pack), m)  # (M, B_g, C)
+    return LabelLogits(logits, None if full is None else head.label_mass(full, logits))
+
+
+def _fold_layer(groups: Sequence[PackedRows]) -> int | None:
+    """Return the first layer adapted by any group; None when one of them cannot be folded late."""
+    layers = [group.model.fold_layer for group in groups]
+    found = [layer for layer in layers if layer is not None]
+    return min(found) if len(found) == len(layers) else None
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return token ids (B_g, T_g) as one batch (B, T), padded on the right."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])  # (B, T)
+
+
+def _runs(counts: Sequence[int]) -> list[slice]:
+    """Return the runs of rows that groups of these sizes have."""
+    stops = list(accumulate(counts))
+    return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]

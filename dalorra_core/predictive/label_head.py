@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dalorra_core.adapters.inject import lm_head_of
+from dalorra_core.adapters.inject import LM_HEAD, TargetSpec, lm_head_of
 from dalorra_core.adapters.linear import low_rank_delta
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.errors import BaseModelError
@@ -30,6 +30,11 @@ class LabelHead(nn.Module):
     def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
         super().__init__()
         head = lm_head_of(model)
+        if not all(0 <= token < head.out_features for token in token_ids):
+            raise BaseModelError(
+                f"label tokens must lie in 0..{head.out_features - 1} for this base model, "
+                f"got {min(token_ids)} to {max(token_ids)}"
+            )
         ids = torch.tensor(token_ids, dtype=torch.int64, device=head.weight.device)
         self.register_buffer("token_ids", ids, persistent=False)
         self.register_buffer("weight", head.weight.detach()[ids].float(), persistent=False)
@@ -50,28 +55,52 @@ class LabelHead(nn.Module):
         h = hidden.float()
         with torch.autocast(h.device.type, enabled=False):  # float32 whatever the trunk runs in
             logits = nn.functional.linear(h, self.weight, self.bias)  # (M*B, C)
-            if pack is not None and "lm_head" in pack.modules:
-                module = pack.modules["lm_head"]
+            if pack is not None and LM_HEAD in pack.modules:
+                module = pack.modules[LM_HEAD]
                 logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
         return self._cap(logits)
 
-    def label_mass(self, hidden: Tensor, label_logits: Tensor) -> Tensor:
-        """Return the probability of the label tokens under the full vocabulary, per folded row.
+    def vocabulary(self, hidden: Tensor) -> Tensor:
+        """Return the logits of the frozen output projection, the same for every adapter.
 
         Args:
-            hidden: Last hidden states (M*B, d).
-            label_logits: What ``forward`` gave for them, (M*B, C).
+            hidden: Last hidden states (N, d).
 
         Returns:
-            (M*B,) in [0, 1].
+            (N, V), float32, fresh.
         """
         head = self._vocabulary[0]
-        full = self._cap(head(hidden.to(head.weight.dtype)).float())  # (M*B, V)
-        full[:, self.token_ids] = label_logits  # the adapted rows take the place of the frozen ones
+        return self._cap(head(hidden.to(head.weight.dtype)).float())
+
+    def label_mass(self, full: Tensor, label_logits: Tensor) -> Tensor:
+        """Return the probability of the label tokens under the full vocabulary.
+
+        Args:
+            full: What ``vocabulary`` gave, (..., V); its label columns are written over.
+            label_logits: What ``forward`` gave for the same rows, (..., C).
+
+        Returns:
+            (...) in [0, 1].
+        """
+        full[..., self.token_ids] = label_logits  # the adapted rows in place of the frozen ones
         return (label_logits.logsumexp(-1) - full.logsumexp(-1)).exp()
 
     def _cap(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def check_adapter(self, specs: Sequence[TargetSpec]) -> None:
+        """Refuse an ``lm_head`` adapter that is not of these label rows.
+
+        Raises:
+            BaseModelError: Naming both shapes.
+        """
+        labels, width = self.weight.shape
+        for spec in specs:
+            if spec.name == LM_HEAD and (spec.d_in, spec.d_out) != (width, labels):
+                raise BaseModelError(
+                    f"the output projection has {labels} label rows of width {width}, the "
+                    f"adapter's {LM_HEAD} has {spec.d_out} of width {spec.d_in}"
+                )
 
     @torch.no_grad()
     def check_against(self, model: nn.Module, decoder: nn.Module) -> None:

@@ -1,30 +1,30 @@
 """One base model and one artifact, ready to answer questions."""
 
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
 from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
-from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
-from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.data.encode import EncodedExample, Truncation, encode
 from dalorra_core.data.examples import Example
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.data.prompts import PromptTemplate
 from dalorra_core.data.rows import parse_row
-from dalorra_core.errors import ConfigError, GoldenProbeError
+from dalorra_core.errors import ArtifactCorruptError, GoldenProbeError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.matching import check_base, state_of
+from dalorra_core.predictive.plan import SAMPLES_KEPT, KeptPacks, SamplingPlan, pack_tensors_of
 from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
+from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.tempering import tempered
 
 __all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
@@ -37,60 +37,63 @@ and thirty layers of it move a probability by a few hundredths (measured in docs
 """
 
 
-@dataclass(frozen=True)
-class SamplingPlan:
-    """Which predictive is asked for.
-
-    Attributes:
-        num_samples: M, at least 1; ignored by ``mean_mask`` and by point methods.
-        seed: Picks the mask set.
-        estimator: ``monte_carlo`` averages the probabilities of M samples; ``mean_mask`` is the one
-            deterministic pass at the posterior mean, which has no epistemic part.
-        design: How the samples are drawn together.
-    """
-
-    num_samples: int = 10
-    seed: int = 0
-    estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
-    design: Literal["iid"] = "iid"
-
-    def __post_init__(self) -> None:
-        """Refuse an empty mixture."""
-        if self.num_samples < 1:
-            raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
-
-
 class Predictor:
     """Answers encoded rows with the M posterior samples of one adapter.
 
-    ``encode`` may be called from any thread; ``predict`` runs one forward at a time.
+    ``encode`` may be called from any thread. ``predict`` too: forwards on one base take turns.
     """
 
     def __init__(
         self,
         artifact: Artifact,
-        model: Any,
-        tokenizer: Any,
+        base: SharedBase,
         *,
-        device: torch.device,
         deterministic: bool = False,
         max_padded_tokens: int | None = None,
     ) -> None:
         manifest = artifact.manifest
         self.artifact, self.manifest = artifact, manifest
-        self.device, self.deterministic = device, deterministic
+        self.device, self.dtype, self.deterministic = base.device, base.dtype, deterministic
         self.method = METHODS[manifest.method.name]
-        self._state = state_of(artifact)
+        self.max_padded_tokens = max_padded_tokens or padded_token_limit(base.device)
+        self._state = _on_device(state_of(artifact), base.device)
         self._label_set = LabelSet(manifest.labels.labels, manifest.labels.token_ids)
         self._template = PromptTemplate(
             manifest.prompt.kind, manifest.prompt.name, manifest.prompt.template
         )
-        self._tokenizer = tokenizer
-        self._limit = max_padded_tokens or padded_token_limit(device)
-        self.dtype: torch.dtype = next(model.parameters()).dtype
-        self.model = LabelModel(model, self._state.specs, self._label_set)
-        self._packs: dict[SamplingPlan, SamplePack] = {}
-        self._lock = threading.Lock()
+        self._tokenizer = base.tokenizer
+        self.model = LabelModel(base.trunk, self._state.specs, self._label_set)
+        self._packs = KeptPacks(self._draw)
+
+    @classmethod
+    def on(
+        cls,
+        base: SharedBase,
+        artifact: Artifact,
+        *,
+        deterministic: bool = False,
+        verify_golden: bool = True,
+    ) -> Self:
+        """Put an adapter on a base model that is loaded; others may stand on it already.
+
+        May run in one thread while adapters on the same base answer in another.
+
+        Args:
+            base: The base model.
+            artifact: The adapter, from ``load_artifact``.
+            deterministic: Answer each row alone, so equal questions give bitwise equal answers.
+            verify_golden: Refuse an adapter that does not reproduce its stored probabilities.
+
+        Raises:
+            ArtifactError: See ``load_artifact``; BaseMismatchError names both fingerprints.
+            BaseModelError: If the adapter's modules are not those of the base model.
+            GoldenProbeError: If a stored answer is not reproduced.
+        """
+        check_base(artifact, base.identity)
+        predictor = cls(artifact, base, deterministic=deterministic)
+        if verify_golden:
+            predictor.check_golden()
+        return predictor
 
     @classmethod
     def load(
@@ -103,7 +106,7 @@ class Predictor:
         deterministic: bool = False,
         verify_golden: bool = True,
     ) -> Self:
-        """Load and check an adapter with its base model.
+        """Load and check an adapter with a base model of its own.
 
         Args:
             adapter_dir: Artifact directory.
@@ -119,16 +122,10 @@ class Predictor:
             GoldenProbeError: If a stored answer is not reproduced.
         """
         artifact = load_artifact(Path(adapter_dir))
-        directory = resolve_base_model(base if base is not None else artifact.manifest.base.id)
-        check_base(artifact, directory)
-        where = pick_device(device)
-        model = load_model(directory, where, pick_dtype(dtype, where))
-        predictor = cls(
-            artifact, model, load_tokenizer(directory), device=where, deterministic=deterministic
-        )
-        if verify_golden:
-            predictor.check_golden()
-        return predictor
+        identity = identify(base if base is not None else artifact.manifest.base.id)
+        check_base(artifact, identity)  # before the slow part
+        shared = SharedBase.load(identity, device=device, dtype=dtype)
+        return cls.on(shared, artifact, deterministic=deterministic, verify_golden=verify_golden)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -209,20 +206,32 @@ class Predictor:
 
     def pack(self, plan: SamplingPlan) -> SamplePack:
         """Return the sample pack of ``plan``, drawn once and kept (a few recent ones)."""
-        effective = self._effective(plan)
-        with self._lock:
-            if effective not in self._packs:
-                if len(self._packs) >= _PACKS_KEPT:
-                    self._packs.pop(next(iter(self._packs)))
-                self._packs[effective] = self._draw(effective).to(self.device, torch.float32)
-            return self._packs[effective]
+        return self._packs.of(self._effective(plan))
 
     def _draw(self, plan: SamplingPlan) -> SamplePack:
         config = self.manifest.method
         if plan.estimator == "mean_mask":
-            return self.method.mean_pack(self._state, config)
-        draw = Draw((self.artifact.sha256, plan.seed), plan.num_samples)
-        return self.method.predict_pack(self._state, config, draw)
+            found = self.method.mean_pack(self._state, config)
+        else:
+            draw = Draw((self.artifact.sha256, plan.seed), plan.num_samples)
+            found = self.method.predict_pack(self._state, config, draw)
+        return found.to(self.device, torch.float32)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this adapter keeps in memory, in bytes, without the base model.
+
+        The tensors of its artifact (with their copies on the device, where that is another one),
+        its rows of the output projection, and the most that kept sample packs may take: each
+        sample's own tensors, such as gates, times ``SAMPLES_KEPT``.
+        """
+        head = self.model.head
+        scores = self.artifact.calibration_scores or {}
+        tensors = [*self._state.params.values(), *self.artifact.tensors.values(), *scores.values()]
+        kept = {t.data_ptr(): t.nbytes for t in (*tensors, head.weight, head.token_ids)}
+        pack = self.pack(self.default_plan)
+        own = sum(t.nbytes for t in pack_tensors_of(pack) if t.data_ptr() not in kept)
+        return sum(kept.values()) + own * SAMPLES_KEPT // pack.num_samples
 
     def predict(
         self,
@@ -232,6 +241,7 @@ class Predictor:
         label_mass: bool = True,
         calibrated: bool = True,
         on_progress: Callable[[int], None] | None = None,
+        wanted: Callable[[int], bool] | None = None,
     ) -> Prediction:
         """Return the label log-probabilities of every sample for every row.
 
@@ -241,25 +251,50 @@ class Predictor:
             label_mass: Also compute the share of the label tokens in the full vocabulary.
             calibrated: Apply the temperature that the artifact stores.
             on_progress: Called with the number of rows finished since the last call.
+            wanted: Asked before every forward pass whether somebody still waits for the row at
+                this place; see ``score_together``.
         """
         pack = self.pack(plan if plan is not None else self.default_plan)
         parts = [
             score_rows(
                 self.model,
                 pack,
-                part,
+                rows[start:stop],
                 num_labels=len(self.labels),
-                max_padded_tokens=self._limit,
+                max_padded_tokens=self.max_padded_tokens,
                 label_mass=label_mass,
                 on_progress=on_progress,
+                wanted=None if wanted is None else _from(start, wanted),
             )
-            for part in ([[row] for row in rows] if self.deterministic else [rows])
+            for start, stop in self._runs(len(rows))
         ]
         return tempered(joined(parts), self.temperature if calibrated else 1.0)
 
+    def _runs(self, count: int) -> list[tuple[int, int]]:
+        """Return the runs of rows that may share a forward pass: (start, stop)."""
+        return [(b, b + 1) for b in range(count)] if self.deterministic else [(0, count)]
+
+    def warm_up(self) -> None:
+        """Answer one row as a request would be, so that the first real one is not slow.
+
+        Raises:
+            ArtifactCorruptError: The adapter gives probabilities that are not finite.
+        """
+        row = EncodedExample("warm-up", (1,) * min(8, self.max_tokens), -1, None, truncated=False)
+        if not bool(self.predict([row]).log_probs.isfinite().all()):
+            raise ArtifactCorruptError(
+                f"{self.artifact.directory}: its tensors give probabilities that are not finite"
+            )
+
     def self_test(self) -> float:
-        """Return the largest difference to the stored probabilities; 0 when none are stored."""
-        worst = 0.0
+        """Return the largest difference to the stored probabilities; 0 when none are stored.
+
+        NaN when an answer is not finite.
+
+        Raises:
+            GoldenProbeError: A probe stores another number of probabilities than there are labels.
+        """
+        differences = [0.0]
         for probe in self.manifest.golden:
             example = parse_row({"id": probe.id, **probe.row}, require_labels=False)
             row = self.encode(example, truncate="end")  # as when the probe was stored
@@ -267,11 +302,20 @@ class Predictor:
             answer = self.predict([row], label_mass=False, calibrated=False)
             probs = answer.log_probs.double().exp().mean(0)[0]
             stored = torch.tensor(probe.probs, dtype=torch.float64)
-            worst = max(worst, float((probs - stored).abs().max()))
-        return worst
+            if probs.shape != stored.shape:
+                raise GoldenProbeError(
+                    f"{self.artifact.directory}: probe {probe.id} stores {len(stored)} "
+                    f"probabilities, the adapter has {len(probs)} labels"
+                )
+            differences.append(float((probs - stored).abs().max()))
+        return float(torch.tensor(differences, dtype=torch.float64).max())  # NaN wins here
 
-    def check_golden(self) -> None:
-        """Raise GoldenProbeError when the stored probabilities are not reproduced."""
+    def check_golden(self) -> float:
+        """Return what ``self_test`` finds.
+
+        Raises:
+            GoldenProbeError: The stored probabilities are not reproduced.
+        """
         worst, limit = self.self_test(), GOLDEN_TOLERANCE[self.dtype]
         if not worst <= limit:
             raise GoldenProbeError(
@@ -279,6 +323,21 @@ class Predictor:
                 f"limit in {str(self.dtype).removeprefix('torch.')} is {limit}. The base model, "
                 "the tokenizer or a library computes something else than when it was made"
             )
+        return worst
 
 
-_PACKS_KEPT = 8
+def _on_device(state: AdapterState, device: torch.device) -> AdapterState:
+    """Return a state whose factors are on the device, once for all packs.
+
+    The rest stays on the CPU: gates are drawn there, so that they are the same on every device.
+    """
+    moved = {
+        name: value.to(device) if name.endswith((".lora_A", ".lora_B")) else value
+        for name, value in state.params.items()
+    }
+    return replace(state, params=moved)
+
+
+def _from(start: int, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
+    """Return ``wanted`` for rows that are counted from ``start`` on."""
+    return lambda place: wanted(start + place)

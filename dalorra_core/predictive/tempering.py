@@ -1,5 +1,7 @@
 """Softmax temperature: soften or sharpen every sample by one number."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from dalorra_core.predictive.scoring import Prediction
@@ -31,4 +33,4 @@ def temper(log_probs: Tensor, temperature: float) -> Tensor:
 
 def tempered(prediction: Prediction, temperature: float) -> Prediction:
     """Return a prediction with every sample tempered; the label mass is not touched."""
-    return Prediction(temper(prediction.log_probs, temperature), prediction.label_mass)
+    return replace(prediction, log_probs=temper(prediction.log_probs, temperature))

@@ -35,6 +35,7 @@ from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.matching import tokenizer_sha256
 from dalorra_core.predictive.predictor import Predictor
+from dalorra_core.predictive.trunk import Trunk
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.loop import TrainingResult, train
 from dalorra_core.training.prepare import (
@@ -133,7 +134,7 @@ def _build(
     found = find_targets(model, config.adapter.target_modules, config.adapter.layers)
     specs = label_rows_only(found, len(data.label_set.labels))
     module = TrainStep(
-        LabelModel(model, specs, data.label_set),
+        LabelModel(Trunk(model), specs, data.label_set),
         specs,
         config.adapter,
         config.method,

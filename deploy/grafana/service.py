@@ -56,7 +56,7 @@ def _now() -> tuple[Any, ...]:
     errors = Heading("Failed requests", "Share of 5xx, last five minutes.", "percentunit", 2)
     latency = Heading("Request time, 99 % below", "Network left out.", "s")
     waiting = Heading("Rows waiting", "For the engine.", "short", 0)
-    probes = Heading("Self-test", "Golden probes, recomputed when an adapter is loaded.")
+    probes = Heading("Self-test", "Golden probes, recomputed at load and every few minutes.")
     passed = {"0": "failed", "1": "passed"}
     return (
         number(ready, {"adapters": f"sum({_metric('adapter_loaded')})"}, Steps(1, 0.5)),
@@ -125,8 +125,8 @@ def _queue() -> tuple[Any, ...]:
     waited = Heading("Time in the queue, 99 % below", "Over all instances.", "s")
     route = f"sum by (route) ({_metric('http_requests_in_progress')})"
     return (
-        lines(depth, {"{{instance}}": _metric("queue_depth")}),
-        lines(tokens, {"{{instance}}": _metric("queue_tokens")}),
+        lines(depth, {"{{instance}}, {{priority}}": _metric("queue_depth")}),
+        lines(tokens, {"{{instance}}, {{priority}}": _metric("queue_tokens")}),
         lines(inside, {"{{route}}": route}),
         lines(waited, {"99 %": "dalorra:queue_wait_seconds:p99"}),
     )

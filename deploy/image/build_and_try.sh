@@ -128,6 +128,7 @@ start_server() {
   local root=$1 user environment command
   IFS=: read -r user _ < <(config User)
   mapfile -t environment < <(config Env)
+  if [ -n "${api_keys:-}" ]; then environment+=("DALORRA_API_KEYS_FILE=$api_keys"); fi
   mapfile -t command < <(config Entrypoint; config Cmd)
   # shellcheck disable=SC2016  # expanded inside
   ROOT=$root HOME=$WORK unshare --mount -- bash -euc '
@@ -165,6 +166,7 @@ wait_ready() {
 
 classify() {
   curl --silent --fail "$URL/v1/classify" --header 'content-type: application/json' \
+    --header "authorization: Bearer $(cat "$WORK/secrets/infer_api_key")" \
     --data '{"input": "transfer 100 dollars from checking to savings"}' >"$WORK/answer.json"
   python3 - "$WORK/answer.json" <<'PYTHON'
 import json, sys
@@ -183,22 +185,33 @@ stop_server() {
 }
 
 try_image() {
-  local root=$1 environment health began_s
+  local root=$1 environment health began_s status api_keys=
   mapfile -t environment < <(config Env)
   mapfile -t health < <(config Healthcheck.Test)
   mkdir -p "$WORK/cache" "$WORK/state"
   chown 10001:10001 "$WORK/cache" "$WORK/state"
+  deploy/make_secrets.sh "$WORK/secrets" >/dev/null
   {
     printf '%s/cache /var/cache/dalorra rw\n%s/state /var/lib/dalorra rw\n' "$WORK" "$WORK"
+    printf '%s/secrets/api_keys /run/secrets/api_keys ro\n' "$WORK"
     printf '%s ro\n' "${mounts[@]/:/ }"
     printf '/etc/resolv.conf /etc/resolv.conf ro\n'
   } >"$WORK/mounts"
 
   began_s=$SECONDS
   start_server "$root"
+  status=0
+  wait "$server" || status=$?
+  server=
+  [ "$status" -eq 2 ] || fail "without API keys the server left with status $status, not 2"
+  say 'without API keys it does not start'
+  api_keys=/run/secrets/api_keys
+  start_server "$root"
   wait_ready
   say "first start: ready after $((SECONDS - began_s)) s, with $(du -sm "$WORK/cache" | cut -f1) MB fetched"
   classify
+  [ "$(curl --silent --output /dev/null --write-out '%{http_code}' "$URL/metrics")" = 401 ] \
+    || fail 'the server answers without a key'
   inside "${health[@]:1}" || fail 'HEALTHCHECK fails on a server that is ready'
   if inside touch /opt/dalorra/written 2>/dev/null || inside touch /written 2>/dev/null; then
     fail 'the root file system can be written'

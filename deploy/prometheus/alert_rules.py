@@ -180,6 +180,27 @@ def service_alerts(settings: RuleSettings) -> tuple[Alert, ...]:
             "{{ $labels.instance }} can no longer answer for adapter {{ $labels.adapter }}",
         ),
         Alert(
+            "DalorraEngineRestarted",
+            "sum by (instance, reason) (increase(dalorra_engine_restarts_total[1h])) > 0",
+            "0m",
+            "ticket",
+            "{{ $labels.instance }} restarted an engine that was {{ $labels.reason }}",
+        ),
+        Alert(
+            "DalorraAdapterNotLoaded",
+            "increase(dalorra_adapter_load_failures_total[15m]) > 0",
+            "0m",
+            "ticket",
+            "{{ $labels.instance }} could not load an adapter",
+        ),
+        Alert(
+            "DalorraKeysUnreadable",
+            "increase(dalorra_api_keys_reload_failures_total[15m]) > 0",
+            "0m",
+            "ticket",
+            "{{ $labels.instance }} cannot read its API keys again and goes on with the old ones",
+        ),
+        Alert(
             "DalorraTargetDown",
             'up{job="dalorra"} == 0',
             "2m",

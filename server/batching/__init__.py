@@ -1,9 +1,18 @@
 """Admission, planning and execution of batches: plain Python, no torch, no pydantic, no HTTP."""
 
 from server.batching.admission import Admission, AdmissionLimits, Permit, QueueFullError
-from server.batching.batcher import Batcher, BatchObserver, BatchStats
+from server.batching.batcher import Batcher
 from server.batching.plan import BatchLimits, BatchPlan, plan_batch, release
-from server.batching.ticket import Answer, BatchFailedError, DeadlinePassedError, Pending, Ticket
+from server.batching.pulse import Pulse
+from server.batching.stats import BatchObserver, BatchStats, FailureReason
+from server.batching.ticket import (
+    Answer,
+    BatchFailedError,
+    BatchTooLargeError,
+    DeadlinePassedError,
+    Pending,
+    Ticket,
+)
 
 __all__ = [
     "Admission",
@@ -14,10 +23,13 @@ __all__ = [
     "BatchObserver",
     "BatchPlan",
     "BatchStats",
+    "BatchTooLargeError",
     "Batcher",
     "DeadlinePassedError",
+    "FailureReason",
     "Pending",
     "Permit",
+    "Pulse",
     "QueueFullError",
     "Ticket",
     "plan_batch",

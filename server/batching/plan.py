@@ -1,7 +1,9 @@
 """Which waiting rows run next, and when: pure functions over the queue.
 
 The cost of a batch is what the model pays: its longest row times its number of rows times the
-samples, padding included. The oldest row is always in the next batch, so nothing starves.
+samples, padding included. Rows are taken in the order of their virtual time: when they came, and
+for priority ``batch`` a fixed delay later. The first of them is always in the next batch, and no
+row that comes after that time is ever before it, so nothing starves.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ __all__ = [
     "release",
 ]
 
-ReleaseReason = Literal["full", "timeout", "drain", "deadline"]
+ReleaseReason = Literal["full", "timeout", "alone", "drain", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +35,30 @@ class BatchLimits:
         max_padding: Largest share of padding a row may cause by joining, in [0, 1]; a row of very
             different length waits for the next batch instead. Two tokens more or less never count.
         wait_s: How long the oldest row waits for company while the engine is idle, in seconds.
+        mix_adapters: Whether rows of different adapters or seeds may share a batch when they take
+            equally many passes; otherwise all keys of a batch are equal.
+        priority_delay_s: How much later than it came a row of priority ``batch`` is taken to have
+            come, in seconds, at least 0: only an interactive row that comes within it overtakes.
     """
 
     max_rows: int = 32
     max_tokens: int = 8192
     max_padding: float = 0.5
     wait_s: float = 0.004
+    mix_adapters: bool = False
+    priority_delay_s: float = 2.0
+
+    def virtual_s(self, pending: Pending) -> float:
+        """Return the time by which a row takes its place in the queue, on the monotonic clock."""
+        return pending.queued_s + (self.priority_delay_s if pending.priority == "batch" else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """A partition of the queue; every row is in exactly one field, in order of arrival.
+    """A partition of the queue; every row is in exactly one field, in order of virtual time.
 
     Attributes:
-        rows: To run now; all with one key. Empty only when nothing else waits.
+        rows: To run now; all may share a batch. Empty only when nothing else waits.
         remaining: To stay in the queue.
         expired: Their deadline has passed.
         dropped: Nobody waits for their answer any more.
@@ -74,14 +86,15 @@ def plan_batch(
     now_s: float,
     is_cancelled: Callable[[Pending], bool],
 ) -> BatchPlan:
-    """Take the next batch from the front of the queue, in order of arrival.
+    """Take the next batch from the front of the queue, in order of virtual time.
 
-    The oldest live row leads and gives the key. Rows with another key, or whose length would waste
-    more than ``max_padding``, are passed over and keep their place; the first row that is too much
-    for the budget ends the batch, so that no small row overtakes it for ever.
+    The first live row leads. Rows that may not share a batch with it (another key, or another
+    number of passes where adapters mix), or whose length would waste more than ``max_padding``,
+    are passed over and keep their place; the first row that is too much for the budget ends the
+    batch, so that no small row overtakes it for ever.
 
     Args:
-        waiting: Admitted rows, oldest first; not changed.
+        waiting: Admitted rows; of equal virtual times the first goes first. Not changed.
         limits: Bounds of one batch.
         now_s: Current time in seconds on the monotonic clock of ``Pending.deadline_s``.
         is_cancelled: Tells whether nobody waits for the answer any more.
@@ -94,7 +107,7 @@ def plan_batch(
     expired: list[Pending] = []
     dropped: list[Pending] = []
     full = False
-    for pending in waiting:
+    for pending in sorted(waiting, key=limits.virtual_s):
         if is_cancelled(pending):
             dropped.append(pending)
         elif pending.deadline_s <= now_s:
@@ -110,30 +123,36 @@ def plan_batch(
     return BatchPlan(tuple(rows), tuple(remaining), tuple(expired), tuple(dropped), full)
 
 
-def release(plan: BatchPlan, limits: BatchLimits, *, now_s: float, stopping: bool) -> Release:
+def release(
+    plan: BatchPlan, limits: BatchLimits, *, now_s: float, alone: bool, stopping: bool
+) -> Release:
     """Decide whether to run the planned rows now or to wait for company.
 
     Args:
         plan: The current plan.
         limits: Gives the waiting time.
         now_s: Current time in seconds on the monotonic clock.
+        alone: Whether no request is on its way to the queue.
         stopping: Whether the server drains, when waiting for company is pointless.
 
     Returns:
         The reason to run now: ``drain``, ``full``, ``timeout`` (the oldest row has waited its
-        time) or ``deadline`` (waiting would outlast a row's deadline); or how long to wait.
+        time), ``alone`` or ``deadline`` (waiting would outlast a row's deadline); or how long to
+        wait.
     """
     if not plan.rows:
         return Release(None, None)
-    if stopping:
-        return Release("drain", None)
-    if plan.full:
-        return Release("full", None)
-    until_s = plan.rows[0].queued_s + limits.wait_s
-    if until_s <= now_s:
-        return Release("timeout", None)
-    if min(row.deadline_s for row in plan.rows) <= until_s:
-        return Release("deadline", None)
+    until_s = min(row.queued_s for row in plan.rows) + limits.wait_s
+    reasons: tuple[tuple[ReleaseReason, bool], ...] = (
+        ("drain", stopping),
+        ("full", plan.full),
+        ("timeout", until_s <= now_s),
+        ("alone", alone),
+        ("deadline", min(row.deadline_s for row in plan.rows) <= until_s),
+    )
+    for reason, holds in reasons:
+        if holds:
+            return Release(reason, None)
     return Release(None, until_s - now_s)
 
 
@@ -143,26 +162,32 @@ def padded_tokens(rows: Sequence[Pending]) -> int:
 
 
 def _matches(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:
-    """Whether a row may share the batch at all: same key, and not mostly padding."""
+    """Whether a row may share the batch at all: it runs alike, and is not mostly padding."""
     if not rows:
         return True
-    if pending.key != rows[0].key:
+    if not _alike(rows[0], pending, limits):
         return False
     joined = [*rows, pending]
     padding = padded_tokens(joined) - sum(row.num_tokens for row in joined)
     return padding <= max(limits.max_padding * padded_tokens(joined), 2 * len(joined))
 
 
+def _alike(leader: Pending, pending: Pending, limits: BatchLimits) -> bool:
+    if limits.mix_adapters:
+        return pending.passes == leader.passes
+    return pending.key == leader.key
+
+
 def _fits(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:
     """Whether the batch stays inside its budget with one more row; the first always fits."""
     if not rows:
         return True
-    cost = padded_tokens([*rows, pending]) * pending.key.sampling.passes
+    cost = padded_tokens([*rows, pending]) * pending.passes
     return len(rows) < limits.max_rows and cost <= limits.max_tokens
 
 
 def _is_full(rows: list[Pending], limits: BatchLimits) -> bool:
     """Whether not even a row of one token could join."""
     longest = max(row.num_tokens for row in rows)
-    cost = longest * (len(rows) + 1) * rows[0].key.sampling.passes
+    cost = longest * (len(rows) + 1) * rows[0].passes
     return len(rows) >= limits.max_rows or cost > limits.max_tokens

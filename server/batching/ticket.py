@@ -1,17 +1,29 @@
 """One request's way through the engine: its rows, its future, and where its time went."""
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 
-from server.ports import BatchKey, BatchScores, EncodedRow, RowScores
+from server.ports import BatchKey, BatchRow, BatchScores, EncodedRow, Priority, RowScores
 
-__all__ = ["Answer", "BatchFailedError", "DeadlinePassedError", "Pending", "Ticket"]
+__all__ = [
+    "Answer",
+    "BatchFailedError",
+    "BatchTooLargeError",
+    "DeadlinePassedError",
+    "Pending",
+    "Ticket",
+]
 
 
 class BatchFailedError(Exception):
     """The engine failed on this request; the log says how, the client need not know."""
+
+
+class BatchTooLargeError(Exception):
+    """This request did not fit into the engine's memory, halved either; a smaller one may."""
 
 
 class DeadlinePassedError(Exception):
@@ -49,11 +61,13 @@ class Ticket:
         *,
         deadline_s: float,
         request_id: str = "-",
+        priority: Priority = "interactive",
     ) -> None:
         self.key = key
         self.rows = rows
         self.deadline_s = deadline_s
         self.request_id = request_id
+        self.priority: Priority = priority
         self.future: Future[Answer] = Future()
         self._started = threading.Event()
         self._answered: dict[int, RowScores] = {}
@@ -71,6 +85,11 @@ class Ticket:
         """Whether the engine has begun with one of its rows."""
         return self._started.is_set()
 
+    @property
+    def row_cost(self) -> int:
+        """Padded tokens times passes that admission counts for each of its rows."""
+        return max(row.num_tokens for row in self.rows) * self.key.sampling.passes
+
     def pending(self, now_s: float) -> list["Pending"]:
         """Return its rows as queue entries, shortest first, so that batches pad little."""
         order = sorted(range(len(self.rows)), key=lambda index: self.rows[index].num_tokens)
@@ -81,9 +100,14 @@ class Ticket:
         self._started.set()
         self._queue_s = max(self._queue_s, waited_s)
 
-    def deliver(self, indices: list[int], scores: BatchScores, rows: list[RowScores]) -> None:
-        """Take the answers of some rows; the last of them settles the future."""
-        self._answered.update(zip(indices, rows, strict=True))
+    def deliver(self, answers: Mapping[int, RowScores], scores: BatchScores) -> None:
+        """Take the answers of some rows, by index; the last of them settles the future.
+
+        Args:
+            answers: Those of this request's rows that were in the batch and were answered.
+            scores: Of the whole batch: tells its times.
+        """
+        self._answered.update(answers)
         self._forward_s += scores.forward_s
         self._uq_s += scores.uq_s
         if len(self._answered) == len(self.rows):
@@ -114,8 +138,13 @@ class Pending:
 
     @property
     def key(self) -> BatchKey:
-        """What it must share with its batch-mates."""
+        """Who answers it, and how it is sampled."""
         return self.ticket.key
+
+    @property
+    def passes(self) -> int:
+        """Forward passes it takes: what rows of one batch must share."""
+        return self.ticket.key.sampling.passes
 
     @property
     def deadline_s(self) -> float:
@@ -123,9 +152,19 @@ class Pending:
         return self.ticket.deadline_s
 
     @property
+    def priority(self) -> Priority:
+        """Whether somebody sits and waits for it."""
+        return self.ticket.priority
+
+    @property
     def row(self) -> EncodedRow:
         """The row itself."""
         return self.ticket.rows[self.index]
+
+    @property
+    def batch_row(self) -> BatchRow:
+        """The row as an engine takes it."""
+        return BatchRow(self.key, self.row)
 
     @property
     def num_tokens(self) -> int:

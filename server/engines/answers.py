@@ -1,6 +1,8 @@
 """From the log-probabilities of a batch to the scores of its rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,28 +10,26 @@ from torch import Tensor
 from dalorra_core.artifact.calibration_record import CombinedScore, PredictionSets, ScoreName
 from dalorra_core.calibration.combined import combined_score
 from dalorra_core.calibration.prediction_sets import members
-from dalorra_core.data.encode import EncodedExample
 from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import UncertaintySummary, summarise
 from dalorra_core.predictive.scoring import Prediction
 from server.ports import RowScores
 
-__all__ = ["Calibrated", "Row", "score_batch"]
+__all__ = ["Calibrated", "ScoredRow", "score_batch"]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What this engine keeps of an encoded question.
+class ScoredRow(Protocol):
+    """What the scores of a row depend on."""
 
-    Attributes:
-        example: Its tokens.
-        labels: Its labels, in the order of the answer.
-        columns: Their places in the adapter's label set.
-    """
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its labels, in the order of the answer."""
+        ...
 
-    example: EncodedExample
-    labels: tuple[str, ...]
-    columns: tuple[int, ...]
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Their places in the adapter's label set."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Calibrated:
 
 
 def score_batch(
-    prediction: Prediction, payloads: list[Row], calibrated: Calibrated, *, single: bool
+    prediction: Prediction, payloads: Sequence[ScoredRow], calibrated: Calibrated, *, single: bool
 ) -> tuple[RowScores, ...]:
     """Return the scores of every row.
 
@@ -120,7 +120,7 @@ def _sets(rule: PredictionSets | None, mean_probs: Tensor) -> list[list[bool]] |
     return inside
 
 
-def _named(payload: Row, inside: list[bool], probs: list[float]) -> tuple[str, ...]:
+def _named(payload: ScoredRow, inside: list[bool], probs: list[float]) -> tuple[str, ...]:
     """Return the labels of a set, the most probable first."""
     ranked = sorted(
         (-probs[column], place) for place, column in enumerate(payload.columns) if inside[column]

@@ -6,6 +6,8 @@ server has another, the policy's limits stay and its promises go, with a text th
 
 from pathlib import PurePath
 
+import torch
+
 from dalorra_core.artifact.calibration_record import Calibration, MeasuredWith
 from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
@@ -28,8 +30,13 @@ from server.ports import (
 __all__ = ["adapter_card", "calibration_card", "policy_of"]
 
 
-def adapter_card(predictor: Predictor) -> AdapterCard:
-    """Return what the server and its clients may know about a loaded adapter."""
+def adapter_card(predictor: Predictor, selftest_error: float) -> AdapterCard:
+    """Return what the server and its clients may know about a loaded adapter.
+
+    Args:
+        predictor: The adapter.
+        selftest_error: What its self-test found.
+    """
     manifest, plan, point = predictor.manifest, predictor.default_plan, predictor.point_method
     here, calibration = measured_with(predictor, plan), manifest.calibration
     return AdapterCard(
@@ -54,9 +61,14 @@ def adapter_card(predictor: Predictor) -> AdapterCard:
         prompt=manifest.prompt.name,
         prompt_sha256=manifest.prompt.sha256,
         mask_set=None if point else predictor.mask_set(plan),
-        selftest_max_abs_error=predictor.self_test() if manifest.golden else None,
+        selftest_max_abs_error=selftest_error if manifest.golden else None,
         out_of_scope_label=manifest.labels.out_of_scope_label,
         dtype=here.dtype,
+        rank=manifest.r,
+        memory_bytes=predictor.memory_bytes,
+        manifest_sha256=predictor.artifact.manifest_sha256,
+        deterministic=predictor.deterministic,
+        threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

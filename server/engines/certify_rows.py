@@ -42,6 +42,12 @@ class CertifyRows:
         stored = StoredRows.from_tensors(artifact.calibration_scores)
         return cls(stored.of_part("certify"), artifact.manifest.labels.labels)
 
+    @property
+    def num_bytes(self) -> int:
+        """What these rows take in memory, in bytes."""
+        scores = self.held.scores.values()
+        return sum(t.nbytes for t in (self.held.labels, self.held.predicted, *scores))
+
     def curve(
         self, score: ScoreName, out_of_scope_share: float, delta: float
     ) -> tuple[RiskCoveragePoint, ...]:

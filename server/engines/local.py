@@ -1,38 +1,46 @@
-"""The engine in this process: one base model and one adapter through ``dalorra_core``."""
+"""The engine in this process: one base model and any number of adapters, by ``dalorra_core``."""
 
-import time
+import itertools
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
+from dalorra_core.artifact.store import Artifact
+from dalorra_core.base_models.loading import pick_device
 from dalorra_core.data.examples import Choice, ChoiceExample, Example, TextExample
 from dalorra_core.errors import DataError, InputError, InputTooLongError
-from dalorra_core.metrics.uncertainty import summarise
-from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.predictive.matching import check_base
+from dalorra_core.predictive.predictor import GOLDEN_TOLERANCE
 from dalorra_core.predictive.scoring import padded_token_limit
-from server.engines.answers import Calibrated, Row, score_batch
-from server.engines.cards import adapter_card
-from server.engines.certify_rows import CertifyRows
+from dalorra_core.predictive.shared_base import SharedBase, identify
+from server.engines.batches import answer_batch
+from server.engines.faults import LOAD_FAILURES, batch_fault, load_fault
+from server.engines.loaded import Loaded, Row, plan_of, verified_artifact
+from server.engines.stored import stored_adapter
 from server.ports import (
     AdapterCard,
+    AdapterLoadError,
     BatchKey,
+    BatchRow,
     BatchScores,
     ChoiceQuestion,
     EncodedRow,
-    EngineFatalError,
-    NotCalibratedError,
+    EngineStoppedError,
     Policy,
     PolicyEvaluation,
     Question,
     RiskCoveragePoint,
     RowRejectedError,
     RowTooLongError,
-    Sampling,
     ScoreName,
+    SelfTest,
+    StoredAdapter,
     TextQuestion,
     Truncate,
+    Wanted,
 )
 
 __all__ = ["LocalEngine"]
@@ -43,54 +51,91 @@ class LocalEngine:
 
     def __init__(
         self,
-        adapter: Path,
+        adapters: Sequence[Path],
         *,
         base: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         deterministic: bool = False,
+        trusted_keys: Path | None = None,
     ) -> None:
-        self._adapter = adapter
-        self._base = base
-        self._device = device
-        self._dtype = dtype
-        self._deterministic = deterministic
-        self._loaded: Predictor | None = None
-        self._certify_rows: CertifyRows | None = None
-        self._calibrated = Calibrated()
+        """Say what ``load`` is to load; nothing is read yet.
 
-    @property
-    def _predictor(self) -> Predictor:
-        if self._loaded is None:
-            raise RuntimeError("the engine is used before load() or after close()")
-        return self._loaded
+        Args:
+            adapters: Artifact directories.
+            base: Base model directory, hub id or alias; None takes the first adapter's.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: Of the base model: auto, float32 or bfloat16.
+            deterministic: Answer each row alone, so equal questions give bitwise equal answers.
+            trusted_keys: Serve only what one of these keys signed; None asks for no signature.
+        """
+        self._adapters = tuple(adapters)
+        self._base_name = base
+        self._device, self._dtype = device, dtype
+        self._deterministic = deterministic
+        self._trusted_keys = trusted_keys
+        self._is_open = False
+        self._base: SharedBase | None = None
+        self._loaded: dict[str, Loaded] = {}  # changed by one item at a time, read by any thread
+        self._loading = threading.Lock()  # one load at a time; never held by a forward
+        self._publishing = threading.Lock()  # what is loaded, and whether the engine is open
+        self._numbers = itertools.count(1)
 
     @property
     def preferred_batch_tokens(self) -> int:
         """What one fused forward takes at most on this device."""
-        return padded_token_limit(self._predictor.device)
+        return padded_token_limit(pick_device(self._device))
+
+    @property
+    def mixes_adapters(self) -> bool:
+        """Rows share forward passes unless each is to be answered alone."""
+        return not self._deterministic
 
     def load(self) -> tuple[AdapterCard, ...]:
-        """Load the adapter and its base; the golden probes check the numbers and warm the model.
+        """Load the base model, if it is known by now, and the adapters this was made with.
 
         Raises:
-            DalorraError: The adapter or the base cannot be used; the text says why.
+            AdapterLoadError: One cannot be served, or the base model cannot be used.
         """
         transformers_logging.disable_progress_bar()  # this process logs JSON lines
-        self._loaded = Predictor.load(
-            self._adapter,
-            base=self._base,
-            device=self._device,
-            dtype=self._dtype,
-            deterministic=self._deterministic,
-        )
-        summarise(
-            torch.zeros(2, 1, 2).log_softmax(-1)
-        )  # its first call is slow; the probes skip it
-        self._certify_rows = CertifyRows.of(self._loaded.artifact)
-        card = adapter_card(self._loaded)
-        self._calibrated = _calibrated(self._loaded, card)
-        return (card,)
+        self._is_open = True
+        if self._base_name is not None:
+            self._load_base(self._base_name)
+        return tuple(self.load_adapter(directory) for directory in self._adapters)
+
+    def load_adapter(self, directory: Path, name: str | None = None) -> AdapterCard:
+        """Verify, load, warm and self-test one more adapter; running answers take turns with it.
+
+        Raises:
+            AdapterLoadError: It cannot be served; its subclasses say why.
+        """
+        with self._loading:
+            try:
+                loaded = self._staged(directory, name)
+            except LOAD_FAILURES as error:
+                known = [] if self._base is None else [self._base.identity.directory]
+                fault = load_fault(error, directory.name, directory, *known)
+            else:
+                self._publish(loaded)
+                return loaded.card
+        raise fault
+
+    def unload_adapter(self, adapter: str) -> None:
+        """Let go of an adapter; rows that are encoded already are still answered."""
+        self._loaded.pop(adapter, None)
+
+    def stored_adapter(self, directory: Path) -> StoredAdapter:
+        """Return what lies in a directory, from its manifest alone."""
+        return stored_adapter(directory)
+
+    def self_test(self, adapter: str) -> SelfTest:
+        """Recompute the stored probabilities; takes turns with other forwards, pass by pass.
+
+        Raises:
+            RowRejectedError: The adapter is not loaded.
+        """
+        predictor = self._of(adapter).predictor
+        return SelfTest(predictor.self_test(), GOLDEN_TOLERANCE[predictor.dtype])
 
     def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
         """Return a question as tokens.
@@ -99,49 +144,42 @@ class LocalEngine:
             RowTooLongError: More tokens than the adapter takes, and nothing may be cut.
             RowRejectedError: A choice's label is unknown, or the form is unsound.
         """
-        predictor = self._predictor_of(adapter)
+        loaded = self._of(adapter)
         try:
-            example = predictor.encode(_example(question), truncate=truncate)
+            example = loaded.predictor.encode(_example(question), truncate=truncate)
         except InputTooLongError as error:
             raise RowTooLongError(error.num_tokens, error.max_tokens) from None
         except (InputError, DataError) as error:
             raise RowRejectedError(str(error)) from None
-        names = predictor.labels
+        names = loaded.predictor.labels
         labels = (
             tuple(choice.label for choice in question.choices)
             if isinstance(question, ChoiceQuestion)
             else names
         )
-        row = Row(example, labels, tuple(names.index(label) for label in labels))
+        row = Row(example, labels, tuple(names.index(label) for label in labels), loaded)
         return EncodedRow(len(example.token_ids), example.truncated, row)
 
-    def run_batch(self, key: BatchKey, rows: Sequence[EncodedRow]) -> BatchScores:
+    def run_batch(self, rows: Sequence[BatchRow], wanted: Wanted) -> BatchScores:
         """Run the fused forward and the uncertainty scores.
 
         Raises:
             EngineFatalError: The device is lost.
+            EngineMemoryError: The batch did not fit; a smaller one may.
             FloatingPointError: A probability is not finite.
         """
-        predictor = self._predictor_of(key.adapter)
-        payloads = [_payload(row) for row in rows]
-        began_s = time.perf_counter()
         try:
-            prediction = predictor.predict([p.example for p in payloads], _plan(key.sampling))
-        except RuntimeError as error:
-            if "CUDA error" in str(error):  # the context is gone; out of memory reads differently
-                raise EngineFatalError(str(error).splitlines()[0]) from None
-            raise
-        forward_s = time.perf_counter() - began_s
-        single = predictor.point_method or key.sampling.estimator == "mean_mask"
-        scores = score_batch(prediction, payloads, self._calibrated, single=single)
-        return BatchScores(scores, forward_s, time.perf_counter() - began_s - forward_s)
+            return answer_batch(rows, wanted, self._base)
+        except (RuntimeError, MemoryError) as error:
+            fault = batch_fault(error)
+        raise fault
 
     def mask_set(self, key: BatchKey) -> str | None:
         """Return the id of the samples; None where nothing is sampled."""
-        predictor = self._predictor_of(key.adapter)
-        if predictor.point_method or key.sampling.estimator == "mean_mask":
+        loaded = self._of(key.adapter)
+        if loaded.is_single(key.sampling):
             return None
-        return predictor.mask_set(_plan(key.sampling))
+        return loaded.predictor.mask_set(plan_of(key.sampling))
 
     def risk_coverage(
         self, adapter: str, score: ScoreName, *, out_of_scope_share: float, delta: float
@@ -152,7 +190,7 @@ class LocalEngine:
             NotCalibratedError: There are no stored rows, or they do not have this score.
             ValueError: The share asks for out-of-scope rows and none are stored.
         """
-        return self._rows_of(adapter).curve(score, out_of_scope_share, delta)
+        return self._of(adapter).rows.curve(score, out_of_scope_share, delta)
 
     def evaluate_policy(
         self, adapter: str, policy: Policy, *, out_of_scope_share: float, delta: float
@@ -163,26 +201,62 @@ class LocalEngine:
             NotCalibratedError: There are no stored rows, or not a score that the policy limits.
             ValueError: The share asks for out-of-scope rows and none are stored.
         """
-        return self._rows_of(adapter).evaluate(policy, out_of_scope_share, delta)
+        return self._of(adapter).rows.evaluate(policy, out_of_scope_share, delta)
 
     def close(self) -> None:
-        """Let go of the model."""
-        self._loaded = None
-        self._certify_rows = None
+        """Let go of the model and of every adapter."""
+        with self._publishing:
+            self._is_open = False
+            self._loaded.clear()
+            self._base = None
 
-    def _rows_of(self, adapter: str) -> CertifyRows:
-        self._predictor_of(adapter)
-        if self._certify_rows is None:
-            raise NotCalibratedError(
-                f"adapter {adapter} stores no calibration rows; dalorra calibrate adds them"
-            )
-        return self._certify_rows
-
-    def _predictor_of(self, adapter: str) -> Predictor:
-        predictor = self._predictor
-        if adapter != predictor.manifest.name:
+    def _of(self, adapter: str) -> Loaded:
+        if not self._is_open:
+            raise EngineStoppedError("the engine is used before load() or after close()")
+        loaded = self._loaded.get(adapter)
+        if loaded is None:
             raise RowRejectedError(f"adapter {adapter} is not loaded")
-        return predictor
+        return loaded
+
+    def _load_base(self, name: str) -> None:
+        with self._loading:
+            try:
+                self._base = self._base_named(name)
+            except LOAD_FAILURES as error:
+                fault = load_fault(error, "the base model")
+            else:
+                return
+        raise fault
+
+    def _staged(self, directory: Path, name: str | None) -> Loaded:
+        """Return an adapter that is ready to answer; nothing of it stays when this fails.
+
+        A base model that comes with the first adapter stays only when that adapter does.
+        """
+        artifact, signed_by = verified_artifact(directory, self._trusted_keys)
+        name_of_base = self._base_name or artifact.manifest.base.id
+        base = self._base or self._base_named(name_of_base, artifact)
+        served = name or artifact.manifest.name
+        load_id = f"{served}:{artifact.revision}#{next(self._numbers)}"
+
+        def named(card: AdapterCard) -> AdapterCard:
+            return replace(card, name=served, load_id=load_id, signed_by=signed_by)
+
+        return Loaded.on(base, artifact, deterministic=self._deterministic, named=named)
+
+    def _publish(self, loaded: Loaded) -> None:
+        with self._publishing:
+            if not self._is_open:  # closed while this was loading
+                raise AdapterLoadError("the engine is closed")
+            self._base = loaded.base
+            self._loaded[loaded.card.key] = loaded
+
+    def _base_named(self, name: str, artifact: Artifact | None = None) -> SharedBase:
+        """Load a base model; an adapter of another one is refused before the slow part."""
+        identity = identify(name)
+        if artifact is not None:
+            check_base(artifact, identity)
+        return SharedBase.load(identity, device=self._device, dtype=self._dtype)
 
 
 _ROW_ID = "request"  # the core names rows in its errors; a client knows its own by their pointer
@@ -193,24 +267,3 @@ def _example(question: Question) -> Example:
         return TextExample(_ROW_ID, question.text)
     choices = tuple(Choice(option.label, option.text) for option in question.choices)
     return ChoiceExample(_ROW_ID, question.question, question.context, choices)
-
-
-def _payload(row: EncodedRow) -> Row:
-    if not isinstance(row.payload, Row):
-        raise TypeError("the row was encoded by another engine")
-    return row.payload
-
-
-def _plan(sampling: Sampling) -> SamplingPlan:
-    if sampling.design != "iid":
-        raise ValueError(f"design must be iid, got {sampling.design}")
-    return SamplingPlan(sampling.num_samples, sampling.seed, sampling.estimator, "iid")
-
-
-def _calibrated(predictor: Predictor, card: AdapterCard) -> Calibrated:
-    """Return what calibration adds to answers; a coverage that is void here is not shown."""
-    stored = predictor.manifest.calibration
-    if stored is None or card.calibration is None:
-        return Calibrated()
-    holds = card.calibration.void is None and bool(stored.prediction_sets)
-    return Calibrated(stored.combined, stored.prediction_sets[0] if holds else None)

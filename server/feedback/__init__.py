@@ -1,5 +1,6 @@
 """Feedback: signed prediction ids, the database of true labels, and the monitor of certificates."""
 
+from server.feedback.claim import PredictionClaim, Reproduction, answer_digest
 from server.feedback.errors import (
     BadPredictionIdError,
     ExpiredPredictionError,
@@ -8,11 +9,12 @@ from server.feedback.errors import (
     FeedbackSetupError,
     FeedbackUnavailableError,
 )
-from server.feedback.from_settings import make_signer, make_store
+from server.feedback.from_settings import make_signer, make_store, secret_path
 from server.feedback.monitor import RiskMonitor
 from server.feedback.signing import (
-    PredictionClaim,
     PredictionSigner,
+    claim_unverified,
+    load_secrets,
     make_nonce,
 )
 from server.feedback.store import FeedbackStore, StoredFeedback
@@ -27,9 +29,14 @@ __all__ = [
     "FeedbackUnavailableError",
     "PredictionClaim",
     "PredictionSigner",
+    "Reproduction",
     "RiskMonitor",
     "StoredFeedback",
+    "answer_digest",
+    "claim_unverified",
+    "load_secrets",
     "make_nonce",
     "make_signer",
     "make_store",
+    "secret_path",
 ]

@@ -8,7 +8,7 @@ from server.feedback.signing import PredictionSigner, load_secrets
 from server.feedback.store import FeedbackStore
 from server.settings import Settings
 
-__all__ = ["make_signer", "make_store"]
+__all__ = ["make_signer", "make_store", "secret_path"]
 
 OFF = "off"
 SECRET_NAME = "secret"  # noqa: S105 - a file's name
@@ -29,6 +29,19 @@ def make_signer(settings: Settings) -> PredictionSigner:
     if _url(settings) == OFF:
         return PredictionSigner([secrets.token_hex(32)])
     return PredictionSigner(load_secrets(_state_dir(settings) / SECRET_NAME, create=True))
+
+
+def secret_path(settings: Settings) -> Path:
+    """Return where the secrets lie that a server with these settings signs with.
+
+    Raises:
+        FeedbackSetupError: No setting says it, and this user has no home directory.
+    """
+    try:
+        state_dir = settings.state_dir or settings.default_state_dir()
+    except RuntimeError as error:
+        raise FeedbackSetupError(f"state_dir: the default is not known: {error}") from None
+    return settings.secret_file or state_dir / SECRET_NAME
 
 
 def make_store(settings: Settings) -> FeedbackStore | None:

@@ -6,77 +6,28 @@ holds it: it carries the answer, never the question.
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 from itsdangerous import BadData, URLSafeSerializer
 
+from server.feedback.claim import PredictionClaim, packed, unpacked
 from server.feedback.errors import BadPredictionIdError, FeedbackSetupError
 
 __all__ = [
     "MIN_SECRET_CHARS",
-    "PredictionClaim",
     "PredictionSigner",
+    "claim_unverified",
     "load_secrets",
     "make_nonce",
 ]
 
 MIN_SECRET_CHARS = 32
 _NONCE_BYTES = 12
-# The salt binds a signature to its purpose and to the order of the fields below.
-_SALT = b"dalorra.prediction.v1"
-_CONFIDENCE_DIGITS = 9
-
-
-@dataclass(frozen=True, slots=True)
-class PredictionClaim:
-    """What a prediction id says about one answered row.
-
-    Attributes:
-        adapter: Name of the adapter that answered.
-        revision: Its revision.
-        label: The answer.
-        confidence: In [0, 1]; an id keeps nine decimal places.
-        decision: ``accept``, ``review`` or ``abstain``.
-        policy: Name of the policy that decided; None without one.
-        target_risk: Target of the certificate that held for this answer; None when none did.
-        num_samples: M of the answer.
-        seed: Seed of the mask set.
-        estimator: ``monte_carlo`` or ``mean_mask``.
-        issued_at: Seconds since 1970.
-        nonce: Makes the id unique; see ``make_nonce``.
-        default_sampling: Whether the adapter's own sampling answered.
-    """
-
-    adapter: str
-    revision: str
-    label: str
-    confidence: float
-    decision: str
-    policy: str | None
-    target_risk: float | None
-    num_samples: int
-    seed: int
-    estimator: str
-    issued_at: int
-    nonce: str
-    default_sampling: bool
-
-    @property
-    def digest(self) -> bytes:
-        """sha256 of the claim, 32 bytes: its key in the database.
-
-        Made from the claim and not from the id's characters, since base64 has several spellings
-        of one signature.
-        """
-        return hashlib.sha256(json.dumps(_packed(self)).encode()).digest()
-
-
-_FIELDS = tuple(field.name for field in fields(PredictionClaim))
+# A salt binds a signature to its purpose and to the order of a claim's fields.
+_SALTS = {2: b"dalorra.prediction.v2", 1: b"dalorra.prediction.v1"}
 
 
 class PredictionSigner:
@@ -91,39 +42,52 @@ class PredictionSigner:
         if not keys:
             raise ValueError("a PredictionSigner needs at least one secret, got none")
         # itsdangerous signs with the last of its keys
-        self._serializer = URLSafeSerializer(
-            list(reversed(keys)),
-            salt=_SALT,
-            signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256},
-        )
+        self._serializers = {
+            version: URLSafeSerializer(
+                list(reversed(keys)),
+                salt=salt,
+                signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256},
+            )
+            for version, salt in _SALTS.items()
+        }
 
     def sign(self, claim: PredictionClaim) -> str:
-        """Return the id of a claim: ASCII, safe in a URL, some 250 characters."""
-        signed = self._serializer.dumps(_packed(claim))
+        """Return the id of a claim: ASCII, safe in a URL, some 400 characters."""
+        signed = self._serializers[_version(claim)].dumps(packed(claim))
         return signed if isinstance(signed, str) else signed.decode("ascii")
 
     def verify(self, prediction_id: str) -> PredictionClaim:
-        """Return the claim of an id.
+        """Return the claim of an id, of any version.
 
         Raises:
             BadPredictionIdError: It was not signed with one of the secrets, or not in this form.
         """
-        if not prediction_id.isascii():
-            raise BadPredictionIdError
-        try:
-            values = self._serializer.loads(prediction_id)
-        except BadData:
-            raise BadPredictionIdError from None
-        if not isinstance(values, list) or len(values) != len(_FIELDS):
-            raise BadPredictionIdError
-        return PredictionClaim(*values)
+        if prediction_id.isascii():
+            for version, serializer in self._serializers.items():
+                with contextlib.suppress(BadData):
+                    claim = unpacked(serializer.loads(prediction_id))
+                    if claim is not None and _version(claim) == version:
+                        return claim
+        raise BadPredictionIdError
 
 
-def _packed(claim: PredictionClaim) -> list[object]:
-    """Return a claim as the list that is signed: no names, no needless digits."""
-    values = [getattr(claim, name) for name in _FIELDS]
-    values[_FIELDS.index("confidence")] = round(claim.confidence, _CONFIDENCE_DIGITS)
-    return values
+def claim_unverified(prediction_id: str) -> PredictionClaim:
+    """Return what an id says, whoever made it; for a person who has no secret at hand.
+
+    Raises:
+        BadPredictionIdError: It is not in the form of an id.
+    """
+    if prediction_id.isascii():
+        # any key would do: the signature is not looked at
+        _, values = URLSafeSerializer("-").loads_unsafe(prediction_id)
+        claim = unpacked(values)
+        if claim is not None:
+            return claim
+    raise BadPredictionIdError
+
+
+def _version(claim: PredictionClaim) -> int:
+    return 1 if claim.reproduction is None else 2
 
 
 def make_nonce() -> str:

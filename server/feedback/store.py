@@ -15,13 +15,13 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.feedback.claim import PredictionClaim
 from server.feedback.database import FEEDBACK, POOL_SIZE, open_database, reason_of
 from server.feedback.errors import (
     ExpiredPredictionError,
     FeedbackConflictError,
     FeedbackUnavailableError,
 )
-from server.feedback.signing import PredictionClaim
 
 __all__ = ["FeedbackStore", "RiskCount", "StoredFeedback"]
 

@@ -1,7 +1,7 @@
 """The values that travel through the server, and the Engine protocol that answers questions.
 
 Plain Python: neither torch nor pydantic nor FastAPI. An engine turns a ``Question`` into an
-``EncodedRow`` (any thread), and a batch of rows that share adapter and sampling into ``RowScores``
+``EncodedRow`` (any thread), and a batch of rows with equal numbers of passes into ``RowScores``
 (the one engine thread). Everything here is a frozen value, so that it may cross threads freely.
 """
 
@@ -11,13 +11,20 @@ from server.ports.adapters import (
     PredictionSetRule,
     ReferenceProfile,
     ScoreReference,
+    SelfTest,
+    StoredAdapter,
     UncertifiedTarget,
 )
 from server.ports.engine import (
     Engine,
 )
 from server.ports.errors import (
+    AdapterBaseMismatchError,
+    AdapterLoadError,
+    AdapterSelfTestError,
+    AdapterUntrustedError,
     EngineFatalError,
+    EngineMemoryError,
     EngineStoppedError,
     NotCalibratedError,
     RowRejectedError,
@@ -36,23 +43,31 @@ from server.ports.policies import (
 )
 from server.ports.rows import (
     BatchKey,
+    BatchRow,
     BatchScores,
     ChoiceOption,
     ChoiceQuestion,
     EncodedRow,
     Estimator,
+    Priority,
     Question,
     RowScores,
     Sampling,
     TextQuestion,
     Truncate,
+    Wanted,
 )
 
 __all__ = [
     "HIGHER_IS_SURER",
     "AbstainGuarantee",
+    "AdapterBaseMismatchError",
     "AdapterCard",
+    "AdapterLoadError",
+    "AdapterSelfTestError",
+    "AdapterUntrustedError",
     "BatchKey",
+    "BatchRow",
     "BatchScores",
     "CalibrationCard",
     "ChoiceOption",
@@ -60,6 +75,7 @@ __all__ = [
     "EncodedRow",
     "Engine",
     "EngineFatalError",
+    "EngineMemoryError",
     "EngineStoppedError",
     "Estimator",
     "FeedbackRisk",
@@ -69,6 +85,7 @@ __all__ = [
     "Policy",
     "PolicyEvaluation",
     "PredictionSetRule",
+    "Priority",
     "Question",
     "ReferenceProfile",
     "RiskCoveragePoint",
@@ -78,7 +95,10 @@ __all__ = [
     "Sampling",
     "ScoreName",
     "ScoreReference",
+    "SelfTest",
+    "StoredAdapter",
     "TextQuestion",
     "Truncate",
     "UncertifiedTarget",
+    "Wanted",
 ]

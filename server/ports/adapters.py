@@ -13,6 +13,8 @@ __all__ = [
     "PredictionSetRule",
     "ReferenceProfile",
     "ScoreReference",
+    "SelfTest",
+    "StoredAdapter",
     "UncertifiedTarget",
 ]
 
@@ -120,6 +122,15 @@ class AdapterCard:
         out_of_scope_label: Name under which feedback may say "none of the labels"; None: no name.
         dtype: Precision of the base model here, such as ``float32``.
         calibration: What calibration found out; None before it.
+        rank: r of its low-rank factors.
+        signed_by: Id of the trusted key that signed it; None when no key was asked for.
+        memory_bytes: What keeping it in memory costs, in bytes, with the sample sets it may keep.
+        manifest_sha256: Digest of its manifest, in hex: which calibration and policies these are;
+            empty when the engine does not say.
+        deterministic: Whether rows are run alone, so that answers are equal bit for bit.
+        threads: Threads of one forward pass on a CPU, which its last digits depend on; 0 when the
+            engine does not say.
+        load_id: Tells two loads of the same tensors apart; the engine sets it.
     """
 
     name: str
@@ -140,3 +151,58 @@ class AdapterCard:
     out_of_scope_label: str | None = None
     dtype: str = "float32"
     calibration: CalibrationCard | None = None
+    rank: int = 0
+    signed_by: str | None = None
+    memory_bytes: int = 0
+    manifest_sha256: str = ""
+    deterministic: bool = False
+    threads: int = 0
+    load_id: str = ""
+
+    @property
+    def key(self) -> str:
+        """How the engine knows this load of the adapter."""
+        return self.load_id or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter on disk, as its manifest describes it; nothing of it has been verified.
+
+    Attributes:
+        name: Name in its manifest; the directory's when it cannot be read.
+        revision: First 12 hex digits of the sha256 of its tensors; None when it cannot be read.
+        method: How uncertainty enters it; None when it cannot be read.
+        num_labels: C; 0 when it cannot be read.
+        num_bytes: Size of its files, in bytes.
+        signed: Whether a signature lies beside it.
+        calibrated: Whether it holds a calibration.
+        problem: Why it cannot be read; None when it can. Names no host path.
+    """
+
+    name: str
+    revision: str | None
+    method: str | None
+    num_labels: int
+    num_bytes: int
+    signed: bool
+    calibrated: bool
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """How far an adapter is from the probabilities that are stored with it.
+
+    Attributes:
+        max_abs_error: Largest absolute difference of a probability; 0 when none are stored.
+        limit: The largest that is accepted in this precision.
+    """
+
+    max_abs_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the limit (NaN is not)."""
+        return self.max_abs_error <= self.limit

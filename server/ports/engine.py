@@ -1,11 +1,20 @@
 """The protocol that every engine keeps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from server.ports.adapters import AdapterCard
+from server.ports.adapters import AdapterCard, SelfTest, StoredAdapter
 from server.ports.policies import Policy, PolicyEvaluation, RiskCoveragePoint, ScoreName
-from server.ports.rows import BatchKey, BatchScores, EncodedRow, Question, Truncate
+from server.ports.rows import (
+    BatchKey,
+    BatchRow,
+    BatchScores,
+    EncodedRow,
+    Question,
+    Truncate,
+    Wanted,
+)
 
 __all__ = [
     "Engine",
@@ -13,15 +22,54 @@ __all__ = [
 
 
 class Engine(Protocol):
-    """Answers questions. ``load`` comes first; ``run_batch`` is called from one thread only."""
+    """Answers questions with one base model and any number of adapters.
+
+    ``load`` comes first. ``run_batch`` is called from one thread only; everything else may be
+    called from another thread while it runs. Adapters are named by ``AdapterCard.key``. After
+    ``close`` whatever asks an adapter raises ``EngineStoppedError``.
+    """
 
     @property
     def preferred_batch_tokens(self) -> int:
         """Padded tokens times passes at which this hardware is well used; read after ``load``."""
         ...
 
+    @property
+    def mixes_adapters(self) -> bool:
+        """Whether one batch may hold rows of different adapters and seeds with equal ``passes``."""
+        ...
+
     def load(self) -> tuple[AdapterCard, ...]:
-        """Load, check and warm every adapter; slow. Raises when one cannot be served."""
+        """Load the base model, and load, check and warm every adapter it was made with; slow.
+
+        Raises when one cannot be served.
+        """
+        ...
+
+    def load_adapter(self, directory: Path, name: str | None = None) -> AdapterCard:
+        """Verify, load, warm and self-test one more adapter; slow.
+
+        Nothing answers with it before this returns, and nothing of it stays when it raises.
+
+        Args:
+            directory: An artifact.
+            name: Name to serve it under; None for the one in its manifest.
+
+        Raises:
+            AdapterLoadError: It cannot be served; its subclasses say why.
+        """
+        ...
+
+    def unload_adapter(self, adapter: str) -> None:
+        """Let go of an adapter; nobody asks it any more. An unknown key changes nothing."""
+        ...
+
+    def stored_adapter(self, directory: Path) -> StoredAdapter:
+        """Return what lies in a directory, without loading it; never raises for bad content."""
+        ...
+
+    def self_test(self, adapter: str) -> SelfTest:
+        """Recompute the stored probabilities of an adapter; takes turns with ``run_batch``."""
         ...
 
     def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
@@ -33,11 +81,17 @@ class Engine(Protocol):
         """
         ...
 
-    def run_batch(self, key: BatchKey, rows: Sequence[EncodedRow]) -> BatchScores:
-        """Answer rows that share adapter and sampling.
+    def run_batch(self, rows: Sequence[BatchRow], wanted: Wanted) -> BatchScores:
+        """Answer rows with equal ``passes``; with one key, unless ``mixes_adapters``.
+
+        Args:
+            rows: At least one.
+            wanted: Asked between forward passes, at least once before each; rows that nobody waits
+                for any more need not be computed. It is also the sign of life of this batch.
 
         Raises:
             EngineFatalError: The engine is lost; nothing will ever be answered again.
+            EngineMemoryError: The batch did not fit; a smaller one may.
             Exception: This batch failed; the next one may succeed.
         """
         ...

@@ -1,7 +1,12 @@
 """What an engine raises when it cannot answer."""
 
 __all__ = [
+    "AdapterBaseMismatchError",
+    "AdapterLoadError",
+    "AdapterSelfTestError",
+    "AdapterUntrustedError",
     "EngineFatalError",
+    "EngineMemoryError",
     "EngineStoppedError",
     "NotCalibratedError",
     "RowRejectedError",
@@ -37,3 +42,33 @@ class EngineStoppedError(Exception):
 
 class NotCalibratedError(LookupError):
     """The adapter stores no calibration rows, or not the score that was asked for."""
+
+
+class EngineMemoryError(Exception):
+    """A batch did not fit into memory; a smaller one may."""
+
+
+class AdapterLoadError(Exception):
+    """An adapter cannot be served; the text is for an administrator and names no host path."""
+
+
+class AdapterBaseMismatchError(AdapterLoadError):
+    """An adapter was trained on another base model than the one that is loaded.
+
+    Attributes:
+        expected: Fingerprint that the adapter was trained on.
+        found: Fingerprint of the loaded base model.
+    """
+
+    def __init__(self, message: str, *, expected: str, found: str) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
+
+
+class AdapterUntrustedError(AdapterLoadError):
+    """An adapter is not signed by a trusted key, and only such are served here."""
+
+
+class AdapterSelfTestError(AdapterLoadError):
+    """An adapter does not reproduce the probabilities that are stored with it."""

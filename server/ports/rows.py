@@ -1,25 +1,35 @@
 """From a question to its scores: what goes into an engine and what comes out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
     "BatchKey",
+    "BatchRow",
     "BatchScores",
     "ChoiceOption",
     "ChoiceQuestion",
     "EncodedRow",
     "Estimator",
+    "Priority",
     "Question",
     "RowScores",
     "Sampling",
     "TextQuestion",
     "Truncate",
+    "Wanted",
 ]
 
 Estimator = Literal["monte_carlo", "mean_mask"]
 
 Truncate = Literal["none", "start", "end"]
+
+Priority = Literal["interactive", "batch"]
+"""Who goes first when not all can: somebody waits for an interactive answer."""
+
+Wanted = Callable[[int], bool]
+"""Whether somebody still waits for the answer of the row at this place of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """Rows with equal keys may run in one batch."""
+    """Who answers a row, and how it is sampled.
+
+    Attributes:
+        adapter: ``AdapterCard.key`` of a loaded adapter.
+        sampling: What fixes the posterior samples.
+    """
 
     adapter: str
     sampling: Sampling
@@ -93,6 +108,14 @@ class EncodedRow:
     num_tokens: int
     truncated: bool
     payload: object
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One row of a batch. Rows of one batch have equal ``passes``; adapter and seed may differ."""
+
+    key: BatchKey
+    row: EncodedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +163,15 @@ class RowScores:
 
 @dataclass(frozen=True, slots=True)
 class BatchScores:
-    """What the engine returns for one batch: one ``RowScores`` per row, and where the time went."""
+    """What the engine returns for one batch, and where the time went.
 
-    rows: tuple[RowScores, ...]
+    Attributes:
+        rows: One per row of the batch, in its order; None where nobody waited any more and the
+            engine left the row out.
+        forward_s: Time of the forward passes.
+        uq_s: Time of the uncertainty scores.
+    """
+
+    rows: tuple[RowScores | None, ...]
     forward_s: float
     uq_s: float

@@ -52,7 +52,7 @@ _BODY = {
     summary="Say what the right label was",
     status_code=202,
     response_model=FeedbackResponse,
-    responses=error_documents(400, 404, 409, 413, 415, 422, 500, 503, 504),
+    responses=error_documents(400, 404, 408, 409, 413, 415, 422, 500, 503, 504),
     openapi_extra=_BODY,
 )
 async def give_feedback(request: Request) -> Response:
@@ -69,8 +69,7 @@ async def give_feedback(request: Request) -> Response:
         service.lifecycle.require_serving()
         check_body_headers(request, service.settings.max_body_bytes)
         async with asyncio.timeout(arrival_s(request) + timeout_s - time.monotonic()):
-            with store.enter():
-                return await _answer(service, store, request)
+            return await _answer(service, store, request)
     except TimeoutError:
         detail = f"the label was not stored within {timeout_s:g} s, or just then; send it again"
         raise ApiError("deadline_exceeded", detail) from None
@@ -87,12 +86,13 @@ async def give_feedback(request: Request) -> Response:
 
 
 async def _answer(service: Service, store: FeedbackStore, request: Request) -> Response:
-    body = await read_body(request, service.settings.max_body_bytes)
+    body = await read_body(request, service.settings)
     parsed = parse_document(body, FeedbackRequest)
     claim = _verify(service, parsed.prediction_id)
     label = true_label(_loaded_card(service, claim), parsed.label)
     try:
-        result = await store.add(claim, label, parsed.source)
+        with store.enter():  # only now: a client that is slow to send its body holds no place
+            result = await store.add(claim, label, parsed.source)
     except FeedbackConflictError as error:
         fault = {"pointer": "#/label", "code": "feedback_conflict"}
         raise ApiError("feedback_conflict", str(error), errors=(fault,)) from None
@@ -128,7 +128,7 @@ def _loaded_card(service: Service, claim: PredictionClaim) -> AdapterCard:
 
     Labels come in long after the answers; they are kept under the revision that answered.
     """
-    for card in service.registry.cards:
+    for card in service.adapters.registry.cards:
         if card.name == claim.adapter:
             return card
     fault = {"pointer": "#/prediction_id", "code": "model_not_found"}

@@ -2,10 +2,12 @@
 
 from fastapi import APIRouter, Request
 
+from server.adapters import Slot
+from server.middleware import request_id_of
 from server.routes.documents import error_documents
 from server.routes.present import model_card
 from server.schemas import ModelCard, ModelList
-from server.service import service_of
+from server.service import Service, service_of
 
 __all__ = ["router"]
 
@@ -14,12 +16,10 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses=error_documen
 
 @router.get("", operation_id="list_models", summary="List the loaded adapters")
 async def list_models(request: Request) -> ModelList:
-    """Return the card of every adapter that can be asked now."""
+    """Return the card of every adapter that can be asked."""
     service = service_of(request)
     service.lifecycle.require_serving()
-    created = service.lifecycle.loaded_at
-    cards = service.registry.cards
-    return ModelList(data=[model_card(card, service.settings, created) for card in cards])
+    return ModelList(data=[_card(service, slot) for slot in service.adapters.registry.slots])
 
 
 @router.get(
@@ -29,8 +29,15 @@ async def list_models(request: Request) -> ModelList:
     responses=error_documents(404),
 )
 async def get_model(request: Request, model_id: str) -> ModelCard:
-    """Return the card of the adapter `name` or `name:revision`."""
+    """Return the card of the adapter `name`, `name:revision` or `name@alias`."""
     service = service_of(request)
     service.lifecycle.require_serving()
-    card = service.registry.find(model_id)
-    return model_card(card, service.settings, service.lifecycle.loaded_at)
+    slot, _ = service.adapters.registry.resolve(model_id, request_id_of(request))
+    return _card(service, slot)
+
+
+def _card(service: Service, slot: Slot) -> ModelCard:
+    """Return the card of an adapter, under the name that reaches it."""
+    current = service.adapters.registry.is_current(slot)
+    model_id = slot.name if current else slot.id
+    return model_card(slot.card, service.settings, model_id=model_id, created=slot.loaded_at)

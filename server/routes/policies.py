@@ -75,7 +75,7 @@ async def get_risk_coverage(
     "/v1/policies/evaluate",
     operation_id="evaluate_policy",
     summary="Try a policy on the stored calibration rows",
-    responses=error_documents(400, 404, 413, 415, 422, 503, 504),
+    responses=error_documents(400, 404, 408, 413, 415, 422, 503, 504),
     openapi_extra=_BODY,
 )
 async def evaluate(request: Request) -> EvaluationResponse:
@@ -88,7 +88,7 @@ async def evaluate(request: Request) -> EvaluationResponse:
     check_body_headers(request, service.settings.max_body_bytes)
     async with _deadline(request):
         try:
-            body = await read_body(request, service.settings.max_body_bytes)
+            body = await read_body(request, service.settings)
         except ClientDisconnect:
             raise ApiError("client_disconnected", "the client left before the answer") from None
         asked = parse_document(body, EvaluateRequest)

@@ -57,10 +57,10 @@ def sampling_card(sampling: Sampling, card: AdapterCard, mask_set: str | None) -
     )
 
 
-def model_card(card: AdapterCard, settings: Settings, created: int) -> ModelCard:
+def model_card(card: AdapterCard, settings: Settings, *, model_id: str, created: int) -> ModelCard:
     """Return an adapter as clients see it: nothing about the host it runs on."""
     return ModelCard(
-        id=card.name,
+        id=model_id,
         created=created,
         parent=card.base,
         parent_fingerprint=card.base_fingerprint,

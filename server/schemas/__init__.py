@@ -1,7 +1,20 @@
 """The HTTP schema: what a request may hold, and what an answer holds."""
 
+from server.schemas.adapters import (
+    AdapterEntry,
+    AdapterList,
+    AliasEntry,
+    AliasList,
+    AliasRequest,
+    LoadRequest,
+    PinRequest,
+    Removed,
+    StoredEntry,
+)
 from server.schemas.feedback import FeedbackRequest, FeedbackResponse
+from server.schemas.kserve import InferRequest, OipProblem
 from server.schemas.policies import EvaluateRequest, RiskCoverageQuery
+from server.schemas.predict import PredictRequest
 from server.schemas.receipts import EvaluationResponse, RiskCoverageResponse
 from server.schemas.requests import ClassifyRequest, QuestionItem, TextItem
 from server.schemas.responses import (
@@ -14,6 +27,11 @@ from server.schemas.responses import (
 )
 
 __all__ = [
+    "AdapterEntry",
+    "AdapterList",
+    "AliasEntry",
+    "AliasList",
+    "AliasRequest",
     "ClassifyRequest",
     "ClassifyResponse",
     "EvaluateRequest",
@@ -21,12 +39,19 @@ __all__ = [
     "FeedbackRequest",
     "FeedbackResponse",
     "HealthResponse",
+    "InferRequest",
+    "LoadRequest",
     "ModelCard",
     "ModelList",
+    "OipProblem",
+    "PinRequest",
+    "PredictRequest",
     "Problem",
     "QuestionItem",
+    "Removed",
     "RiskCoverageQuery",
     "RiskCoverageResponse",
+    "StoredEntry",
     "TextItem",
     "VersionResponse",
 ]

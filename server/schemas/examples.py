@@ -1,6 +1,6 @@
 """Requests shown in the OpenAPI document; a test sends every one of them."""
 
-__all__ = ["CLASSIFY_EXAMPLES", "EVALUATE_EXAMPLES"]
+__all__ = ["CLASSIFY_EXAMPLES", "EVALUATE_EXAMPLES", "INFER_EXAMPLES", "PREDICT_EXAMPLES"]
 
 CLASSIFY_EXAMPLES: dict[str, dict[str, object]] = {
     "one_text": {
@@ -77,5 +77,43 @@ EVALUATE_EXAMPLES: dict[str, dict[str, object]] = {
     "named": {
         "summary": "A policy of the adapter",
         "value": {"policy": {"name": "default"}, "delta": 0.05},
+    },
+}
+
+PREDICT_EXAMPLES: dict[str, dict[str, object]] = {
+    "one_text": {"summary": "One text", "value": {"inputs": "I lost my card"}},
+    "batch": {
+        "summary": "Two texts, cut at the end when too long",
+        "value": {
+            "inputs": [["my card was charged twice"], ["what's the weather"]],
+            "truncate": True,
+        },
+    },
+}
+
+INFER_EXAMPLES: dict[str, dict[str, object]] = {
+    "one_text": {
+        "summary": "One text",
+        "value": {
+            "inputs": [
+                {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["I lost my card"]}
+            ]
+        },
+    },
+    "some_outputs": {
+        "summary": "Two texts in one column, two of the outputs, four posterior samples",
+        "value": {
+            "id": "42",
+            "parameters": {"num_samples": 4, "seed": 1},
+            "inputs": [
+                {
+                    "name": "text",
+                    "datatype": "BYTES",
+                    "shape": [2, 1],
+                    "data": [["my card was charged twice"], ["what's the weather"]],
+                }
+            ],
+            "outputs": [{"name": "label"}, {"name": "decision"}],
+        },
     },
 }

@@ -3,11 +3,35 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictStr,
+    Tag,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticCustomError
 
-__all__ = ["Clean", "Name", "NonNegative", "Share", "Strict", "StrictShare", "Text"]
+__all__ = [
+    "LIST_TAG",
+    "STRING_TAG",
+    "Clean",
+    "Name",
+    "NonNegative",
+    "Share",
+    "Strict",
+    "StrictShare",
+    "Text",
+    "WrappedText",
+    "string_or_list",
+    "unwrapped",
+]
 
+# Tags name the branches of a union; "<" cannot begin a field name, so pointers can leave them out
+STRING_TAG, LIST_TAG = "<string>", "<list>"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -28,6 +52,42 @@ def _not_blank(text: str) -> str:
 Clean = Annotated[StrictStr, AfterValidator(_clean)]
 Text = Annotated[StrictStr, AfterValidator(_not_blank)]
 Name = Annotated[StrictStr, AfterValidator(_not_blank), Field(max_length=128)]
+
+
+def string_or_list(value: object) -> str:
+    """Return the tag of a value that is to be a string or a list."""
+    return LIST_TAG if isinstance(value, list) else STRING_TAG
+
+
+def _alone(texts: list[str]) -> list[str]:
+    if len(texts) > 1:
+        raise PydanticCustomError(
+            "pair_of_texts", "must be one text: no adapter here answers a pair of texts"
+        )
+    return texts
+
+
+WrappedText = Annotated[
+    Annotated[Text, Tag(STRING_TAG)]
+    | Annotated[
+        list[Text],
+        Field(min_length=1),
+        AfterValidator(_alone),
+        WithJsonSchema(
+            {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1}
+        ),
+        Tag(LIST_TAG),
+    ],
+    Discriminator(string_or_list),
+]
+"""A text, or a list that holds only it."""
+
+
+def unwrapped(entry: str | list[str]) -> str:
+    """Return the text itself."""
+    return entry if isinstance(entry, str) else entry[0]
+
+
 # strict: neither "0.5" nor true is a number, but 1 is
 Share = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1)]
 StrictShare = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1)]

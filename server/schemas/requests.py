@@ -1,10 +1,11 @@
 """The body of ``POST /v1/classify``. Unknown fields are errors; nothing is silently ignored."""
 
 import string
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
     FiniteFloat,
@@ -13,11 +14,12 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from server.ports import ChoiceOption, ChoiceQuestion, Question, TextQuestion
-from server.schemas.fields import Clean, Name, Strict, Text
+from server.schemas.fields import LIST_TAG, STRING_TAG, Clean, Name, Strict, Text
 from server.schemas.policies import FORM_TAGS, PolicyForm
+from server.schemas.vllm import VllmFields
 
 __all__ = [
     "ClassifyRequest",
@@ -28,8 +30,8 @@ __all__ = [
 ]
 
 MAX_CHOICES = len(string.ascii_uppercase)
-# Tags name the branches of a union; "<" cannot begin a field name, so pointers can leave them out
-_STRING, _TEXT, _QUESTION, _LIST, _LABELLED = "<string>", "<text>", "<question>", "<list>", "<obj>"
+_STRING, _LIST = STRING_TAG, LIST_TAG
+_TEXT, _QUESTION, _LABELLED = "<text>", "<question>", "<obj>"
 
 
 class TextItem(Strict):
@@ -110,16 +112,28 @@ Input = Annotated[
     | Annotated[list[Item], Field(min_length=1), Tag(_LIST)],
     Discriminator(_input_kind),
 ]
+_MAX_METADATA = 16
+
+
+def _check_number(value: object) -> object:
+    """Refuse too many entries before each of them is checked against every form of a value."""
+    if isinstance(value, dict) and len(value) > _MAX_METADATA:
+        counts = {"max_length": _MAX_METADATA, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", {"field_type": "Dictionary", **counts})
+    return value
+
+
 MetadataValue = (
     Annotated[Clean, Field(max_length=512)] | StrictBool | StrictInt | FiniteFloat | None
 )
 Metadata = Annotated[
     dict[Annotated[Clean, Field(min_length=1, max_length=64)], MetadataValue],
-    Field(max_length=16),
+    Field(max_length=_MAX_METADATA),
+    BeforeValidator(_check_number),
 ]
 
 
-class ClassifyRequest(Strict):
+class ClassifyRequest(VllmFields):
     """One or more texts to classify, or questions to answer, with one adapter."""
 
     model: Name | None = Field(
@@ -220,8 +234,22 @@ def is_union_tag(part: object) -> bool:
 
 def field_names(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     """Return the fields allowed beside the one at this location (for close names)."""
-    known = [_FIELDS_AT[part] for part in location[:-1] if part in _FIELDS_AT]
-    return list((known[-1] if known else root).model_fields)
+    model = root
+    for part in location[:-1]:
+        if part in _FIELDS_AT:
+            model = _FIELDS_AT[part]
+        elif part in model.model_fields:
+            model = _object_in(model.model_fields[str(part)].annotation) or model
+    # our own first: who misspells a field hardly meant one of vLLM's
+    return sorted(model.model_fields, key=lambda name: name in VllmFields.model_fields)
+
+
+def _object_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the one kind of object that a field holds, perhaps in a list; None when none is."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = {_object_in(argument) for argument in get_args(annotation)} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 _FIELDS_AT: dict[object, type[BaseModel]] = {

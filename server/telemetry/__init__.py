@@ -7,5 +7,6 @@ something a client wrote.
 from server.telemetry.edges import DRIFT_EDGES
 from server.telemetry.feedback import FEEDBACK_REJECTIONS
 from server.telemetry.recorder import Telemetry, torch_version
+from server.telemetry.work import Loss
 
-__all__ = ["DRIFT_EDGES", "FEEDBACK_REJECTIONS", "Telemetry", "torch_version"]
+__all__ = ["DRIFT_EDGES", "FEEDBACK_REJECTIONS", "Loss", "Telemetry", "torch_version"]

@@ -5,7 +5,17 @@ from server.telemetry.families import Families
 
 __all__ = ["REJECTIONS", "HttpMetrics"]
 
-REJECTIONS = ("queue_full", "too_large", "deadline", "draining", "not_ready")
+REJECTIONS = (
+    "queue_full",
+    "too_large",
+    "deadline",
+    "draining",
+    "not_ready",
+    "auth",
+    "rate_limit",
+    "slow_client",
+    "connections",
+)
 
 
 class HttpMetrics:
@@ -27,6 +37,9 @@ class HttpMetrics:
         self._cancelled = families.counter(
             "cancelled", "Requests whose client left before the answer.", "phase"
         )
+        self._keys_not_read = families.counter(
+            "api_keys_reload_failures", "Times that the file of API keys could not be read again."
+        )
         for status in ("200", "500", "503", "504"):  # from zero, so that the first failure counts
             self._requests.labels("POST", "/v1/classify", status)
         self._duration.labels("POST", "/v1/classify")
@@ -40,15 +53,22 @@ class HttpMetrics:
         """Count one more request being answered."""
         self._in_progress.labels(route).inc()
 
-    def ended(self, method: str, route: str, status: int, duration_s: float) -> None:
-        """Count a finished request and its time."""
+    def ended(
+        self, method: str, route: str, status: int, duration_s: float, trace_id: str | None = None
+    ) -> None:
+        """Count a finished request and its time; OpenMetrics shows a trace id as an exemplar."""
         self._in_progress.labels(route).dec()
         self._requests.labels(method, route, str(status)).inc()
-        self._duration.labels(method, route).observe(duration_s)
+        exemplar = {"trace_id": trace_id} if trace_id else None
+        self._duration.labels(method, route).observe(duration_s, exemplar)
 
     def rejected(self, reason: str) -> None:
         """Count a refusal; ``reason`` is one of ``REJECTIONS``."""
         self._rejections.labels(reason).inc()
+
+    def keys_not_read(self) -> None:
+        """Count a time that the file of API keys could not be read again."""
+        self._keys_not_read.inc()
 
     def cancelled(self, *, running: bool) -> None:
         """Count a client that left."""

@@ -6,16 +6,24 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import CollectorRegistry, Metric
 
 from server import __version__
-from server.batching import BatchStats
+from server.batching import BatchStats, FailureReason
 from server.decision import Verdict
-from server.ports import AdapterCard, EncodedRow, FeedbackRisk, RowScores
+from server.ports import (
+    AdapterCard,
+    EncodedRow,
+    FeedbackRisk,
+    Priority,
+    RowScores,
+    SelfTest,
+)
 from server.telemetry.adapters import AdapterMetrics
 from server.telemetry.families import Families
 from server.telemetry.feedback import FeedbackGauges, FeedbackMetrics
 from server.telemetry.http import HttpMetrics
 from server.telemetry.predictions import PredictionMetrics
 from server.telemetry.reference import ReferenceCollector
-from server.telemetry.work import WorkMetrics
+from server.telemetry.shadow import ShadowMetrics
+from server.telemetry.work import Loss, WorkMetrics
 
 __all__ = ["Telemetry", "torch_version"]
 
@@ -35,6 +43,7 @@ class Telemetry:
         self._predictions = PredictionMetrics(families)
         self._feedback = FeedbackMetrics(families)
         self._adapters = AdapterMetrics(families)
+        self._shadow = ShadowMetrics(families)
         self._reference = ReferenceCollector()
         self._feedback_gauges = FeedbackGauges()
         families.register(self._reference)
@@ -54,20 +63,28 @@ class Telemetry:
         """Count one more request being answered."""
         self._http.began(route)
 
-    def request_ended(self, method: str, route: str, status: int, duration_s: float) -> None:
-        """Count a finished request and its time."""
-        self._http.ended(method, route, status, duration_s)
+    def request_ended(
+        self, method: str, route: str, status: int, duration_s: float, trace_id: str | None = None
+    ) -> None:
+        """Count a finished request and its time, and where its trace can be found."""
+        self._http.ended(method, route, status, duration_s, trace_id)
 
     def rejected(self, reason: str) -> None:
         """Count a refusal; ``reason`` is one of ``http.REJECTIONS``."""
         self._http.rejected(reason)
 
+    def keys_not_read(self) -> None:
+        """Count a time that the file of API keys could not be read again."""
+        self._http.keys_not_read()
+
     def cancelled(self, *, running: bool) -> None:
         """Count a client that left."""
         self._http.cancelled(running=running)
 
-    def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
-        """Read the queue's size at every scrape from these two functions."""
+    def watch_queue(
+        self, depth: Callable[[Priority], float], tokens: Callable[[Priority], float]
+    ) -> None:
+        """Read the queue's size at every scrape from these two functions of a priority."""
         self._work.watch_queue(depth, tokens)
 
     def stage(self, name: str, duration_s: float) -> None:
@@ -77,6 +94,14 @@ class Telemetry:
     def batch(self, stats: BatchStats) -> None:
         """Note one finished batch; called from the engine thread."""
         self._work.batch(stats)
+
+    def batch_failed(self, reason: FailureReason) -> None:
+        """Count a run of a batch that gave no answers; called from the engine thread."""
+        self._work.batch_failed(reason)
+
+    def engine_restarted(self, loss: Loss) -> None:
+        """Count an attempt to replace a lost engine."""
+        self._work.engine_restarted(loss)
 
     # -- answers and feedback -----------------------------------------------------------------
 
@@ -138,12 +163,47 @@ class Telemetry:
                 self._adapters,
                 self._feedback,
                 self._feedback_gauges,
+                self._shadow,
             ):
                 part.unload(card)
+
+    def adapter_evicted(self) -> None:
+        """Count an adapter that was put out of memory to make room."""
+        self._adapters.evicted()
+
+    def watch_adapters(self, resident: Callable[[], float], evicted: Callable[[], float]) -> None:
+        """Read the numbers of adapters in and out of memory at every scrape."""
+        self._adapters.watch(resident, evicted)
+
+    def shadow_compared(
+        self, card: AdapterCard, candidate: AdapterCard, *, same_label: bool, same_decision: bool
+    ) -> None:
+        """Count one row that a shadow answered too, unless one of them is unloaded by now."""
+        if self._adapters.shows(card) and self._adapters.shows(candidate):
+            self._shadow.compared(
+                card, candidate, same_label=same_label, same_decision=same_decision
+            )
+
+    def shadow_dropped(self, reason: str) -> None:
+        """Count a request that a shadow could not answer; one of ``SHADOW_DROPS``."""
+        self._shadow.dropped(reason)
 
     def load_failed(self) -> None:
         """Count a load that failed."""
         self._adapters.load_failed()
+
+    def adapters_back(self, cards: tuple[AdapterCard, ...], duration_s: float) -> None:
+        """Show the adapters of a restarted engine; those that were shown keep their counts."""
+        back = {(card.name, card.revision) for card in cards}
+        self.adapters_unloaded(
+            tuple(card for card in self._adapters.shown if (card.name, card.revision) not in back)
+        )
+        new = tuple(card for card in cards if not self._adapters.back(card))
+        self.adapters_loaded(new, duration_s)
+
+    def selftest(self, card: AdapterCard, result: SelfTest) -> None:
+        """Show how far an adapter was from its golden probes just now."""
+        self._adapters.selftest(card, result)
 
     def engine_lost(self, cards: tuple[AdapterCard, ...]) -> None:
         """Show that nothing can be answered any more."""

@@ -1,16 +1,23 @@
 """Metrics of the queue, the batches and the stages of a request."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
 
-from server.batching import BatchStats
+from server.batching import BatchStats, FailureReason
+from server.ports import Priority
 from server.telemetry.edges import BATCH_TOKENS, PADDING, ROWS, STAGE_SECONDS
 from server.telemetry.families import Families
 
-__all__ = ["RELEASES", "STAGES", "WorkMetrics"]
+__all__ = ["FAILURES", "RELEASES", "RESTARTS", "STAGES", "Loss", "WorkMetrics"]
+
+Loss = Literal["dead", "hung"]
+"""How an engine was lost: its thread ended, or gave no sign of life for too long."""
 
 STAGES = ("queue", "tokenize", "forward", "uq", "serialize")
-RELEASES = ("full", "timeout", "drain", "deadline")
-PRIORITY = "interactive"  # the only class so far
+RELEASES = ("full", "timeout", "alone", "drain", "deadline")
+FAILURES: tuple[FailureReason, ...] = get_args(FailureReason)
+RESTARTS: tuple[Loss, ...] = get_args(Loss)
 
 
 class WorkMetrics:
@@ -24,6 +31,8 @@ class WorkMetrics:
             "stage",
         )
         released = families.counter("batch_released", "Why batches were released.", "reason")
+        failed = families.counter("batch_failures", "Runs of a batch without answers.", "reason")
+        restarted = families.counter("engine_restarts", "Restarts of a lost engine.", "reason")
         self._depth = families.gauge("queue_depth", "Rows waiting for the engine.", "priority")
         self._tokens = families.gauge(
             "queue_tokens", "Tokens times samples waiting for the engine.", "priority"
@@ -37,11 +46,19 @@ class WorkMetrics:
         )
         self._stages = {name: stage.labels(name) for name in STAGES}
         self._released = {reason: released.labels(reason) for reason in RELEASES}
+        self._failed = {reason: failed.labels(reason) for reason in FAILURES}
+        self._restarted = {reason: restarted.labels(reason) for reason in RESTARTS}
+        for priority in get_args(Priority):
+            self._depth.labels(priority)
+            self._tokens.labels(priority)
 
-    def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
-        """Read the queue's size at every scrape from these two functions."""
-        self._depth.labels(PRIORITY).set_function(depth)
-        self._tokens.labels(PRIORITY).set_function(tokens)
+    def watch_queue(
+        self, depth: Callable[[Priority], float], tokens: Callable[[Priority], float]
+    ) -> None:
+        """Read the queue's size at every scrape from these two functions of a priority."""
+        for priority in get_args(Priority):
+            self._depth.labels(priority).set_function(partial(depth, priority))
+            self._tokens.labels(priority).set_function(partial(tokens, priority))
 
     def stage(self, name: str, duration_s: float) -> None:
         """Note the time of one stage; ``name`` is one of ``STAGES``."""
@@ -57,3 +74,11 @@ class WorkMetrics:
             self.stage("queue", waited_s)
         self.stage("forward", stats.forward_s)
         self.stage("uq", stats.uq_s)
+
+    def batch_failed(self, reason: FailureReason) -> None:
+        """Count a run of a batch that gave no answers; called from the engine thread."""
+        self._failed[reason].inc()
+
+    def engine_restarted(self, loss: Loss) -> None:
+        """Count an attempt to replace a lost engine."""
+        self._restarted[loss].inc()

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.parsing import MAX_FAULTS
 from server.ports import Limit
 from tests.support.api import Api, async_test, running
 from tests.support.fake_engine import POLICY, QUIZ, TOPICS, TOPICS_POINT, FakeEngine
@@ -497,7 +498,7 @@ async def test_unknown_route() -> None:
         for path in ("/", "/v2/classify", "/v1/classify/", "/v1/models/"):
             check_problem(await api.client.get(path), 404, "not_found")
         served = {"method": "GET", "route": "unmatched", "status": "404"}
-        assert await api.metric("http_requests_total", **served) == 3
+        assert await api.metric("http_requests_total", **served) == 4
 
 
 @async_test
@@ -587,3 +588,18 @@ async def test_the_type_of_an_error_can_point_to_documentation() -> None:
     async with running(error_base="https://docs.example.org/errors/") as api:
         body = (await api.classify({})).json()
         assert body["type"] == "https://docs.example.org/errors/invalid-request"
+
+
+@async_test
+async def test_a_flood_of_faults_is_not_described_one_by_one() -> None:
+    async with running() as api:
+        same = "a" * 70  # cut to the same name, so that all are one place
+        for fields in ({f"k{n}": 1 for n in range(5000)}, {f"{same}{n}": 1 for n in range(5000)}):
+            body = check_problem(await api.classify(fields), 422, "invalid_request")
+            assert len(body["errors"]) <= MAX_FAULTS
+            assert "(and at least " in body["detail"]
+        many = {"input": "x", "metadata": {f"k{n}": [] for n in range(5000)}}
+        body = check_problem(await api.classify(many), 422, "invalid_request")
+        assert [fault["pointer"] for fault in body["errors"]] == ["#/metadata"]
+        assert "at most 16" in body["detail"]
+        await api.check_healthy()

@@ -184,12 +184,16 @@ async def test_an_answer_does_not_depend_on_what_shares_its_batch() -> None:
 
 
 @async_test
-async def test_requests_with_other_sampling_do_not_share_a_batch() -> None:
+async def test_requests_share_a_batch_whatever_their_seed_but_not_with_other_samples() -> None:
     async with running() as api:
         api.engine.gate.clear()
         blocker = asyncio.create_task(api.classify({"input": "blocker"}))
         await until(api.engine.entered.is_set)
-        bodies: list[dict[str, Any]] = [{"input": "a"}, {"input": "b", "seed": 1}, {"input": "c"}]
+        bodies: list[dict[str, Any]] = [
+            {"input": "a"},
+            {"input": "b", "num_samples": 2},
+            {"input": "c", "seed": 1},
+        ]
         tasks = [asyncio.create_task(api.classify(body)) for body in bodies]
         await until(lambda: api.service.lifecycle.batcher.num_waiting == 3)
         api.engine.gate.set()
@@ -333,3 +337,10 @@ def test_api_support_counts_an_idle_server_as_idle() -> None:
             await api.check_healthy()
 
     check()
+
+
+@async_test
+async def test_a_lone_request_does_not_wait_for_company() -> None:
+    async with running(batch_wait_ms=1000) as api:
+        assert (await api.classify({"input": ["a", "b"]})).status_code == 200
+        assert await api.metric("batch_released_total", reason="alone") == 1

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from starlette.types import Message
 
 from server.lifecycle import Lifecycle
 from server.logs import JsonFormatter
-from server.ports import EngineFatalError
+from server.ports import BatchRow, BatchScores, EngineMemoryError, RowScores, Wanted
 from tests.integration.test_api_bad_input import check_problem
 from tests.support.api import Api, async_test, running, same_answer, until
-from tests.support.fake_engine import FakeEngine, LostError
+from tests.support.fake_engine import FakeEngine
 
 
 def ask(api: Api, body: Any, **headers: str) -> "asyncio.Task[Any]":
@@ -234,27 +235,183 @@ async def test_a_failing_batch_fails_only_the_request_that_is_to_blame(
         assert not any("4711" in line for line in lines)
 
 
-@pytest.mark.parametrize("error", [LostError(), EngineFatalError("device lost")])
+@pytest.mark.parametrize("error", [ValueError("4711"), FloatingPointError("NaN 4711")])
 @async_test
-async def test_a_dead_engine_turns_readiness_off_and_answers_503(error: BaseException) -> None:
+async def test_an_engine_that_raises_fails_one_request_and_lives_on(error: Exception) -> None:
     def fault(_texts: list[str]) -> None:
         raise error
 
     async with running() as api:
+        api.engine.fault = fault
+        body = check_problem(await api.classify({"input": "x"}), 500, "internal_error")
+        assert "4711" not in body["detail"]
+        assert await api.metric("batch_failures_total", reason="error") == 1
+        api.engine.fault = lambda _texts: None
+        await api.check_healthy()
+
+
+class Misshapen(FakeEngine):
+    """Loses its last row, or leaves it out, while it is told to."""
+
+    def __init__(self, *, lose: bool) -> None:
+        super().__init__()
+        self.lose = lose
+        self.faulty = True
+
+    def run_batch(self, rows: Sequence[BatchRow], wanted: Wanted) -> BatchScores:
+        scores = super().run_batch(rows, wanted)
+        if not self.faulty:
+            return scores
+        return replace(scores, rows=scores.rows[:-1] + (() if self.lose else (None,)))
+
+
+@pytest.mark.parametrize("lose", [True, False])
+@async_test
+async def test_an_answer_of_the_wrong_shape_is_never_given_to_anyone(lose: bool) -> None:
+    engine = Misshapen(lose=lose)
+    async with running(engine) as api:
+        check_problem(await api.classify({"input": ["a", "b"]}), 500, "internal_error")
+        assert await api.metric("batch_failures_total", reason="error") == 1
+        engine.faulty = False
+        await api.check_healthy()
+
+
+def fits(num_rows: int) -> Callable[[list[str]], None]:
+    def fault(texts: list[str]) -> None:
+        if len(texts) > num_rows:
+            raise EngineMemoryError(f"{texts} does not fit")
+
+    return fault
+
+
+@async_test
+async def test_a_batch_out_of_memory_is_halved_and_answered() -> None:
+    async with running() as api:
+        expected = same_answer(await api.classify({"input": ["a", "b", "c", "d"]}))
+        api.engine.fault = fits(2)
+        response = await api.classify({"input": ["a", "b", "c", "d"]})
+        assert response.status_code == 200
+        assert same_answer(response) == expected
+        assert await api.metric("batch_failures_total", reason="memory") == 1
+        assert (await api.client.get("/health/ready")).status_code == 200
+        await api.check_healthy()
+
+
+@async_test
+async def test_a_request_that_never_fits_fails_alone() -> None:
+    async with running() as api:
         blocker = await block(api)
-        waiting = ask(api, {"input": "waiting"})
-        await until(lambda: api.service.lifecycle.batcher.num_waiting == 1)
+        tasks = [ask(api, {"input": text}) for text in ("small", "mini", "huge")]
+        await until(lambda: api.service.lifecycle.batcher.num_waiting == 3)
+
+        def fault(texts: list[str]) -> None:
+            if "huge" in texts:
+                raise EngineMemoryError(f"{texts} does not fit")
+
         api.engine.fault = fault
         api.engine.gate.set()
-        for task in (blocker, waiting):
-            check_problem(await task, 503, "engine_unavailable")
-        response = await api.classify({"input": "next"})
-        check_problem(response, 503, "engine_unavailable")
-        assert response.headers["retry-after"]
-        for path in ("/health/ready", "/health/live"):
-            check_problem(await api.client.get(path), 503, "engine_unavailable")
-        assert await api.metric("adapter_loaded", adapter="topics") == 0
-        api.check_idle()
+        answers = [await task for task in (blocker, *tasks)]
+        assert [answer.status_code for answer in answers[:2]] == [200, 200]
+        body = check_problem(answers[3], 503, "out_of_memory")
+        assert "huge" not in body["detail"]
+        assert answers[3].headers["retry-after"]
+        alone = await api.classify({"input": "huge"})
+        check_problem(alone, 503, "out_of_memory")
+        assert api.engine.batches[-2:] == [["huge"], ["huge"]]  # retried once
+        await api.check_healthy()
+
+
+class Counting(FakeEngine):
+    """Tells which rows it computed, one forward pass each, and what happens before each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chunk_rows = 1
+        self.computed: list[str] = []
+        self.before: Callable[[int], None] = lambda _done: None
+
+    def _score(self, row: BatchRow) -> RowScores:
+        self.computed.append(row.row.payload.text)  # type: ignore[attr-defined]
+        self.before(len(self.computed))
+        return super()._score(row)
+
+
+@async_test
+async def test_a_deadline_that_passes_while_computing_cancels_between_forward_passes() -> None:
+    engine = Counting()
+    async with running(engine) as api:
+        late = ask(api, {"input": ["a", "b", "c", "d"]}, X_Request_Timeout_Ms="100")
+        answered = threading.Event()
+        late.add_done_callback(lambda _: answered.set())
+        engine.before = lambda done: None if done != 2 else wait_for(answered)
+        check_problem(await late, 504, "deadline_exceeded")
+        engine.before = lambda _done: None
+        await api.check_healthy()
+        assert engine.computed == ["a", "b", "a sure thing"]  # c and d cost nothing
+        for reason in ("error", "memory", "fatal", "hung"):
+            assert await api.metric("batch_failures_total", reason=reason) == 0
+
+
+@async_test
+async def test_a_client_that_leaves_while_computing_cancels_between_forward_passes() -> None:
+    engine = Counting()
+    async with running(engine) as api:
+        engine.gate.clear()
+        client = Client(api, [b'{"input": ["a", "b", "c", "d"]}'])
+        await until(engine.entered.is_set)
+        left = threading.Event()
+        second = threading.Event()
+
+        def before(done: int) -> None:
+            if done == 2:
+                second.set()
+                wait_for(left)
+
+        engine.before = before
+        engine.gate.set()
+        await until(second.is_set)
+        await client.leave()
+        left.set()
+        engine.before = lambda _done: None
+        await api.check_healthy()
+        assert engine.computed == ["a", "b", "a sure thing"]
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(20)
+
+
+@async_test
+async def test_who_can_wait_lets_others_go_first_but_not_for_ever() -> None:
+    async with running(max_batch_rows=1, batch_priority_delay_ms=600_000) as api:
+        blocker = await block(api)
+        texts = {"patient": "batch", "early": "interactive", "late": "interactive"}
+        tasks: list[asyncio.Task[Any]] = []
+        for text, priority in texts.items():
+            tasks.append(ask(api, {"input": text}, X_Priority=priority))
+            waiting = len(tasks)
+            await until(lambda n=waiting: api.service.lifecycle.batcher.num_waiting == n)
+        api.engine.gate.set()
+        assert [(await task).status_code for task in (blocker, *tasks)] == [200] * 4
+        assert api.engine.batches == [["blocker"], ["early"], ["late"], ["patient"]]
+        await api.check_healthy()
+
+
+@async_test
+async def test_work_that_can_wait_leaves_room_for_work_that_cannot() -> None:
+    async with running(max_requests=4, batch_priority_share=0.5) as api:
+        blocker = await block(api)
+        patient = ask(api, {"input": "patient"}, X_Priority="batch")
+        more = ask(api, {"input": "more"}, X_Priority="batch")
+        await until(lambda: api.service.lifecycle.batcher.num_waiting == 2)
+        refused = await api.classify({"input": "too many"}, X_Priority="batch")
+        body = check_problem(refused, 429, "queue_full")
+        assert body["errors"] == [{"code": "requests", "limit": 2}]
+        urgent = ask(api, {"input": "urgent"})
+        await until(lambda: api.service.lifecycle.batcher.num_waiting == 3)
+        api.engine.gate.set()
+        assert [(await task).status_code for task in (blocker, patient, more, urgent)] == [200] * 4
+        await api.check_healthy()
 
 
 @async_test
@@ -280,6 +437,7 @@ async def test_stopping_while_loading_waits_for_nothing() -> None:
     engine = FakeEngine()
     engine.load_gate.clear()
     async with running(engine, wait=False) as api:
+        await until(engine.asked.is_set)
         await api.service.lifecycle.stop()
         assert api.service.lifecycle.abandoned
         check_problem(await api.classify({"input": "x"}), 503, "draining")
@@ -338,19 +496,6 @@ async def test_stopping_gives_up_on_a_hung_engine() -> None:
         api.check_idle()
 
 
-@async_test
-async def test_an_engine_stuck_with_one_batch_is_not_ready() -> None:
-    async with running(stall_s=0.01) as api:
-        blocker = await block(api)
-        await until(lambda: api.service.lifecycle.batcher.running_for_s > 0.01)
-        check_problem(await api.client.get("/health/ready"), 503, "engine_unavailable")
-        assert (await api.client.get("/health/live")).status_code == 200
-        api.engine.gate.set()
-        await blocker
-        await until(lambda: api.service.lifecycle.batcher.running_for_s == 0)
-        assert (await api.client.get("/health/ready")).status_code == 200
-
-
 @pytest.mark.parametrize("path", ["/v1/models", "/health/ready"])
 @async_test
 async def test_a_bug_is_a_500_without_details(
@@ -362,7 +507,7 @@ async def test_a_bug_is_a_500_without_details(
             raise KeyError("text 4711")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Lifecycle, "require_serving", broken)
+            patch.setattr(Lifecycle, "_serving_run", broken)
             response = await api.client.get(path, headers={"x-request-id": "bug-1"})
         body = check_problem(response, 500, "internal_error")
         assert body["detail"] == "an unexpected error; report request id bug-1"

@@ -83,8 +83,9 @@ def serving(*arguments: str) -> Iterator[Process]:
             process.close()
 
 
-def test_sigterm_drains_answers_what_is_inside_and_exits_0() -> None:
-    with serving() as process, ThreadPoolExecutor(1) as pool, httpx.Client() as client:
+@pytest.mark.parametrize("arguments", [(), ("--set", "selftest_interval_s=0.05")])
+def test_sigterm_drains_answers_what_is_inside_and_exits_0(arguments: tuple[str, ...]) -> None:
+    with serving(*arguments) as process, ThreadPoolExecutor(1) as pool, httpx.Client() as client:
         process.port = process.read_log("listening")["port"]
         process.read_log("ready")
         assert client.get(f"{process.url}/health/ready").status_code == 200
@@ -138,4 +139,24 @@ def test_a_port_that_is_taken_exits_1() -> None:
         port = str(taken.getsockname()[1])
         with serving("--port", port) as process:
             assert process.popen.wait(WAIT_S) == 1
-            assert process.read_log("address already in use")["level"] == "error"
+            told = process.read_log("cannot listen")
+            assert told["level"] == "error"
+            assert "address already in use" in told["reason"]
+
+
+@pytest.mark.parametrize("word", ["hang", "fatal"])
+def test_sigterm_while_the_engine_is_lost_exits_0(word: str) -> None:
+    stall = ("--set", "stall_s=1")
+    with serving("--faults", *stall) as process, ThreadPoolExecutor(1) as pool:
+        process.port = process.read_log("listening")["port"]
+        process.read_log("ready")
+        body = {"input": word}
+        inside = pool.submit(httpx.post, f"{process.url}/v1/classify", json=body, timeout=WAIT_S)
+        if word == "fatal":
+            process.read_log("engine lost")
+        process.popen.send_signal(signal.SIGTERM)
+        process.read_log("draining")
+        assert httpx.get(f"{process.url}/health/ready").status_code == 503
+        assert httpx.get(f"{process.url}/health/live").status_code == 200
+        assert inside.result(WAIT_S).status_code == 503
+        assert process.popen.wait(WAIT_S) == 0

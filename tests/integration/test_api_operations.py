@@ -13,7 +13,17 @@ from server.schemas.examples import CLASSIFY_EXAMPLES
 from tests.support.api import async_test, running
 from tests.support.fake_engine import QUIZ, TOPICS, TOPICS_POINT, FakeEngine
 
-PROBES = ["/health/live", "/health/ready", "/health/startup", "/livez", "/readyz", "/health"]
+WHOSE = {"adapter": "topics", "revision": TOPICS.revision}
+PROBES = [
+    "/health/live",
+    "/health/ready",
+    "/health/startup",
+    "/livez",
+    "/readyz",
+    "/health",
+    "/v2/health/live",
+    "/v2/health/ready",
+]
 
 
 @async_test
@@ -102,6 +112,17 @@ async def lines(api: object) -> list[str]:
 
 
 @async_test
+async def test_metrics_for_a_client_that_asks_for_nonsense() -> None:
+    async with running() as api:
+        for version in ("x", "1.x", "1x.0", "", "1.0.0application", "-1", "9" * 5000, "\u00b2"):
+            for kind in ("application/openmetrics-text", "text/plain"):
+                accept = f"{kind};version={version}".encode("latin-1")
+                answer = await api.client.get("/metrics", headers={b"accept": accept})
+                assert answer.status_code == 200
+                assert "dalorra_build_info" in answer.text
+
+
+@async_test
 async def test_adapter_metrics() -> None:
     async with running() as api:
         info = {
@@ -109,11 +130,13 @@ async def test_adapter_metrics() -> None:
             "revision": "3f9a00112233",
             "base": "tiny-base",
             "mask_set": "ms_4_0",
+            "rank": "0",
+            "signed": "no",
         }
         assert await api.metric("adapter_info", **info) == 1
         assert await api.metric("adapter_loaded", adapter="topics") == 1
-        assert await api.metric("selftest_ok", adapter="topics") == 1
-        assert await api.metric("selftest_max_abs_error", adapter="topics") == 1e-7
+        assert await api.metric("selftest_ok", **WHOSE) == 1
+        assert await api.metric("selftest_max_abs_error", **WHOSE) == 1e-7
         policy = {"adapter": "topics", "revision": TOPICS.revision, "policy": "default"}
         assert await api.metric("policy_threshold", **policy, signal="accept_confidence") == 0.8
         entropy = "abstain_predictive_entropy"  # over ln 3, as in its histogram
@@ -158,7 +181,7 @@ async def test_every_documented_example_works() -> None:
 @async_test
 async def test_documentation_can_be_switched_off() -> None:
     async with running() as api:
-        assert "swagger" in (await api.client.get("/docs")).text
+        assert "<h1>Dalorra" in (await api.client.get("/docs")).text
     async with running(docs=False) as api:
         for path in ("/docs", "/openapi.json"):
             assert (await api.client.get(path)).status_code == 404

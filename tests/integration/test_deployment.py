@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from server.auth import KeyRing, exposure_fault
+from server.settings import Settings
 from tests.support.required import require_or_skip
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,11 @@ def test_no_variable_holds_a_secret() -> None:
         for name, value in _service(service).get("environment", {}).items()
     }
     secret = {n: v for n, v in variables.items() if re.search("SECRET|PASSWORD|KEY|TOKEN", n)}
-    assert set(secret) == {"DALORRA_SECRET_FILE", "GF_SECURITY_ADMIN_PASSWORD__FILE"}
+    assert set(secret) == {
+        "DALORRA_SECRET_FILE",
+        "DALORRA_API_KEYS_FILE",
+        "GF_SECURITY_ADMIN_PASSWORD__FILE",
+    }
     assert all(value.startswith("/run/secrets/") for value in secret.values())
 
 
@@ -116,22 +122,71 @@ def test_grafana_finds_its_data_source_and_both_dashboards() -> None:
         assert variables[0]["query"] == source["type"] == "prometheus"
 
 
+def _make_secrets(folder: Path) -> "subprocess.CompletedProcess[str]":
+    script = str(ROOT / "deploy" / "make_secrets.sh")
+    return subprocess.run([script, str(folder)], check=False, capture_output=True, text=True)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
 def test_the_secrets_script_writes_each_file_once(tmp_path: Path) -> None:
     folder = tmp_path / "secrets"
-    script = str(ROOT / "deploy" / "make_secrets.sh")
-    subprocess.run([script, str(folder)], check=True, capture_output=True)
-    assert {path.name for path in folder.iterdir()} == set(_read(COMPOSE)["secrets"])
+    assert _make_secrets(folder).returncode == 0
+    first = _contents(folder)
+    mounted = set(_read(COMPOSE)["secrets"])
+    assert set(first) == mounted | {"infer_api_key"}, "all but one are for containers"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    first = {path: path.read_text(encoding="utf-8") for path in folder.iterdir()}
-    assert all(len(secret) == 64 for secret in first.values())
-    assert len(set(first.values())) == 3
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o444 for path in first)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o444 for path in folder.iterdir())
+    random = {name: text for name, text in first.items() if name != "api_keys"}
+    assert all(len(text.removeprefix("dk_")) == 64 for text in random.values())
+    assert len(set(random.values())) == 4
 
-    (folder / "metrics_api_key").unlink()
-    subprocess.run([script, str(folder)], check=True, capture_output=True)
-    second = {path: path.read_text(encoding="utf-8") for path in folder.iterdir()}
-    changed = [path.name for path in first if first[path] != second[path]]
-    assert changed == ["metrics_api_key"]
+    (folder / "feedback_secret").unlink()
+    assert _make_secrets(folder).returncode == 0
+    second = _contents(folder)
+    assert [name for name in first if first[name] != second[name]] == ["feedback_secret"]
+
+
+def test_the_server_knows_the_keys_that_the_secrets_script_made(tmp_path: Path) -> None:
+    _make_secrets(tmp_path)
+    ring = KeyRing(tmp_path / "api_keys", on_failure=lambda: None)
+    scopes = {"metrics_api_key": ("metrics",), "infer_api_key": ("infer", "feedback")}
+    for name, expected in scopes.items():
+        key = ring.find((tmp_path / name).read_text(encoding="utf-8"))
+        assert key is not None
+        assert key.scopes == expected
+        assert (tmp_path / name).read_text() not in (tmp_path / "api_keys").read_text()
+
+
+def test_the_secrets_script_never_takes_keys_away(tmp_path: Path) -> None:
+    _make_secrets(tmp_path)
+    before = _contents(tmp_path)
+    (tmp_path / "metrics_api_key").unlink()
+    refused = _make_secrets(tmp_path)
+    assert refused.returncode == 1
+    assert "dalorra keys create" in refused.stderr
+    assert (tmp_path / "api_keys").read_text() == before["api_keys"]
+
+    (tmp_path / "api_keys").unlink()  # to begin anew; the key that is still there is kept
+    assert _make_secrets(tmp_path).returncode == 0
+    assert (tmp_path / "infer_api_key").read_text() == before["infer_api_key"]
+    ring = KeyRing(tmp_path / "api_keys", on_failure=lambda: None)
+    assert ring.find(before["infer_api_key"]) is not None
+    assert ring.find(before["metrics_api_key"]) is None
+
+
+def test_the_image_is_not_open_to_everybody() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    command = json.loads(re.findall(r"^CMD (\[.+)$", text, re.MULTILINE)[-1])
+    settings = Settings(host=command[command.index("--host") + 1])
+    assert exposure_fault(settings) is not None
+    assert not re.search(r"^[^#]*ALLOW_UNAUTHENTICATED", text, re.MULTILINE)
+    environment = _service("dalorra")["environment"]
+    assert environment["DALORRA_API_KEYS_FILE"] == "/run/secrets/api_keys"
+    assert "api_keys" in _service("dalorra")["secrets"]
+    assert "DALORRA_ALLOW_UNAUTHENTICATED" not in environment
 
 
 def test_the_dockerfile_copies_what_its_context_holds() -> None:

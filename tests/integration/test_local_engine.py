@@ -12,11 +12,10 @@ from dalorra_core.config import load_config
 from dalorra_core.data.examples import TextExample
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
-from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.training.run import run_training
 from server.app import create_app
 from server.engines.local import LocalEngine
-from server.ports import BatchKey, EngineFatalError, RowRejectedError, Sampling, TextQuestion
+from server.ports import EngineStoppedError, RowRejectedError, TextQuestion
 from server.settings import Settings
 from tests.integration.test_api_bad_input import check_problem
 from tests.support.api import async_test
@@ -82,7 +81,7 @@ def base_of(adapter: Path) -> str:
 
 async def ask(adapter: Path, *bodies: dict[str, Any]) -> list[httpx.Response]:
     """Serve an adapter and send every body at the same time."""
-    engine = LocalEngine(adapter, base=base_of(adapter), device="cpu")
+    engine = LocalEngine([adapter], base=base_of(adapter), device="cpu")
     app = create_app(lambda: engine, Settings(batch_wait_ms=20))
     transport = httpx.ASGITransport(app)
     async with (
@@ -195,7 +194,7 @@ async def test_input_the_adapter_cannot_take(text_adapter: Path, choice_adapter:
 
 
 def test_the_card_names_the_base_without_its_path(text_adapter: Path) -> None:
-    engine = LocalEngine(text_adapter, base=base_of(text_adapter), device="cpu")
+    engine = LocalEngine([text_adapter], base=base_of(text_adapter), device="cpu")
     (card,) = engine.load()
     assert card.base == "base"
     assert (card.kind, card.method, card.defaults.num_samples) == ("text", "dalorra", 3)
@@ -204,39 +203,5 @@ def test_the_card_names_the_base_without_its_path(text_adapter: Path) -> None:
     with pytest.raises(RowRejectedError):
         engine.encode("another", TextQuestion("x"), "none")
     engine.close()
-    with pytest.raises(RuntimeError, match="before load"):
-        engine.encode(card.name, TextQuestion("x"), "none")
-
-
-def test_a_lost_device_and_numbers_that_are_not_finite(
-    text_adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = LocalEngine(text_adapter, base=base_of(text_adapter), device="cpu")
-    (card,) = engine.load()
-    row = engine.encode(card.name, TextQuestion("x"), "none")
-    key = BatchKey(card.name, Sampling(num_samples=2))
-    real = Predictor.predict
-
-    def raising(error: Exception) -> Any:
-        def predict(*_args: Any, **_kwargs: Any) -> Any:
-            raise error
-
-        return predict
-
-    def poisoned(self: Predictor, *args: Any, **kwargs: Any) -> Any:
-        prediction = real(self, *args, **kwargs)
-        log_probs = prediction.log_probs.clone()
-        log_probs[0, 0, 0] = float("nan")
-        return Prediction(log_probs, prediction.label_mass)
-
-    monkeypatch.setattr(Predictor, "predict", raising(RuntimeError("CUDA error: lost\nmore")))
-    with pytest.raises(EngineFatalError, match="CUDA error: lost"):
-        engine.run_batch(key, [row])
-    monkeypatch.setattr(Predictor, "predict", raising(RuntimeError("CUDA out of memory")))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.run_batch(key, [row])
-    monkeypatch.setattr(Predictor, "predict", poisoned)
-    with pytest.raises(FloatingPointError):
-        engine.run_batch(key, [row])
-    monkeypatch.setattr(Predictor, "predict", real)
-    assert sum(engine.run_batch(key, [row]).rows[0].probs) == pytest.approx(1)
+    with pytest.raises(EngineStoppedError, match="before load"):
+        engine.encode(card.key, TextQuestion("x"), "none")

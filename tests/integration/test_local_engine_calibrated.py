@@ -36,6 +36,7 @@ from server.engines.local import LocalEngine
 from server.ports import (
     AdapterCard,
     BatchKey,
+    BatchRow,
     Limit,
     NotCalibratedError,
     Policy,
@@ -150,14 +151,18 @@ def table(adapter: Path) -> ScoreTable:
 
 
 def load(adapter: Path, **settings: Any) -> tuple[LocalEngine, AdapterCard]:
-    engine = LocalEngine(adapter, base=base_of(adapter), device="cpu", **settings)
+    engine = LocalEngine([adapter], base=base_of(adapter), device="cpu", **settings)
     (card,) = engine.load()
     return engine, card
 
 
 def answer(engine: LocalEngine, card: AdapterCard, sampling: Sampling) -> list[RowScores]:
-    rows = [engine.encode(card.name, TextQuestion(text), "none") for text in QUESTIONS]
-    return list(engine.run_batch(BatchKey(card.name, sampling), rows).rows)
+    key = BatchKey(card.key, sampling)
+    rows = [
+        BatchRow(key, engine.encode(card.key, TextQuestion(text), "none")) for text in QUESTIONS
+    ]
+    found = engine.run_batch(rows, lambda _place: True).rows
+    return [scores for scores in found if scores is not None]
 
 
 def test_the_card_has_what_calibration_stored(adapter: Path, table: ScoreTable) -> None:
@@ -326,7 +331,7 @@ def test_what_a_policy_would_do_is_what_the_server_decides(
     decisions = [decide(policy, scores, truncated=False).decision for scores, _, _ in rows]
     n_outside = sum(outside for _, _, outside in rows)
     share = n_outside / len(rows)  # at the share of the rows themselves, counting is enough
-    found = engine.evaluate_policy(card.name, policy, out_of_scope_share=share, delta=0.1)
+    found = engine.evaluate_policy(card.key, policy, out_of_scope_share=share, delta=0.1)
     assert (found.n, found.n_out_of_scope) == (len(rows), n_outside)
     for name in ("accept", "review", "abstain"):
         expected = decisions.count(name) / len(rows)
@@ -343,11 +348,11 @@ def test_the_curve_is_a_policy_at_each_threshold(
 ) -> None:
     engine, card = load(adapter)
     assert len(table) == 40
-    points = engine.risk_coverage(card.name, name, out_of_scope_share=0.2, delta=0.1)
+    points = engine.risk_coverage(card.key, name, out_of_scope_share=0.2, delta=0.1)
     assert len(points) > 5
     for point in points[:: len(points) // 5]:
         policy = Policy("p", accept=(Limit(name, point.threshold),))
-        found = engine.evaluate_policy(card.name, policy, out_of_scope_share=0.2, delta=0.1)
+        found = engine.evaluate_policy(card.key, policy, out_of_scope_share=0.2, delta=0.1)
         assert point.coverage == pytest.approx(found.accept)
         assert point.in_scope_coverage == pytest.approx(found.in_scope_coverage)
         assert point.risk_upper_bound == pytest.approx(found.risk_upper_bound)
@@ -367,9 +372,9 @@ def test_questions_that_the_stored_rows_cannot_answer(
     engine, card = load(bare)
     policy = Policy("p", accept=(Limit("confidence", 0.5),))
     with pytest.raises(NotCalibratedError, match=f"{card.name} stores no calibration rows"):
-        engine.risk_coverage(card.name, "confidence", out_of_scope_share=0.0, delta=0.1)
+        engine.risk_coverage(card.key, "confidence", out_of_scope_share=0.0, delta=0.1)
     with pytest.raises(NotCalibratedError, match="dalorra calibrate"):
-        engine.evaluate_policy(card.name, policy, out_of_scope_share=0.0, delta=0.1)
+        engine.evaluate_policy(card.key, policy, out_of_scope_share=0.0, delta=0.1)
     scores: dict[ScoreName, torch.Tensor] = {"confidence": table.scores["confidence"]}
     inside = ScoreTable(table.labels.clamp(min=0), table.predicted, scores)
     n = len(table)
@@ -382,12 +387,12 @@ def test_questions_that_the_stored_rows_cannot_answer(
     update_artifact(bare, stored.model_copy(update={**plain, "calibration": record}), content)
     engine, card = load(bare)
     with pytest.raises(NotCalibratedError, match="no combined; they have: confidence"):
-        engine.risk_coverage(card.name, "combined", out_of_scope_share=0.0, delta=0.1)
+        engine.risk_coverage(card.key, "combined", out_of_scope_share=0.0, delta=0.1)
     limited = Policy("p", accept=None, abstain=(Limit("label_mass", 0.5),))
     with pytest.raises(NotCalibratedError, match="no label_mass"):
-        engine.evaluate_policy(card.name, limited, out_of_scope_share=0.0, delta=0.1)
+        engine.evaluate_policy(card.key, limited, out_of_scope_share=0.0, delta=0.1)
     with pytest.raises(ValueError, match="out-of-scope"):
-        engine.risk_coverage(card.name, "confidence", out_of_scope_share=0.2, delta=0.1)
+        engine.risk_coverage(card.key, "confidence", out_of_scope_share=0.2, delta=0.1)
     with pytest.raises(ValueError, match="out-of-scope"):
-        engine.evaluate_policy(card.name, policy, out_of_scope_share=0.2, delta=0.1)
-    assert engine.evaluate_policy(card.name, policy, out_of_scope_share=0.0, delta=0.1).n == n
+        engine.evaluate_policy(card.key, policy, out_of_scope_share=0.2, delta=0.1)
+    assert engine.evaluate_policy(card.key, policy, out_of_scope_share=0.0, delta=0.1).n == n

@@ -18,7 +18,7 @@ from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import score_rows
 from server.engines.local import LocalEngine
-from server.ports import BatchKey, Sampling, TextQuestion
+from server.ports import BatchKey, BatchRow, Sampling, TextQuestion
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "clinc150"
 
@@ -101,11 +101,13 @@ def test_clear_unknown_and_between_are_told_apart(predictor: Predictor) -> None:
 
 
 def test_the_server_engine_gives_the_predictors_numbers(predictor: Predictor) -> None:
-    engine = LocalEngine(ADAPTER)
+    engine = LocalEngine([ADAPTER])
     (card,) = engine.load()
-    row = engine.encode(card.name, TextQuestion(IN_SCOPE), "none")
+    row = engine.encode(card.key, TextQuestion(IN_SCOPE), "none")
     sampling = Sampling(num_samples=10, seed=0, estimator="monte_carlo", design="iid")
-    scores = engine.run_batch(BatchKey(card.name, sampling), [row])
+    key = BatchKey(card.key, sampling)
+    (scores,) = engine.run_batch([BatchRow(key, row)], lambda _place: True).rows
+    assert scores is not None
     expected = probs_of(predictor, (IN_SCOPE,)).double().mean(0)[0]
-    served = torch.tensor(scores.rows[0].probs, dtype=torch.float64)
+    served = torch.tensor(scores.probs, dtype=torch.float64)
     torch.testing.assert_close(served, expected, rtol=0, atol=1e-6)

@@ -32,7 +32,7 @@ from dalorra_core.errors import (
     GoldenProbeError,
     InputTooLongError,
 )
-from dalorra_core.predictive import predictor as predictor_module
+from dalorra_core.predictive import shared_base as shared_base_module
 from dalorra_core.predictive.matching import tokenizer_sha256
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.training import run as module
@@ -233,7 +233,7 @@ def test_probes_are_stored_in_float32_wherever_the_run_answers_in_bfloat16(
     def as_on_cuda(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if dtype == "auto" else pick_dtype(dtype, device)
 
-    monkeypatch.setattr(predictor_module, "pick_dtype", as_on_cuda)
+    monkeypatch.setattr(shared_base_module, "pick_dtype", as_on_cuda)
     directory = run(tiny_config(text, optim={"steps": 20}), tmp_path)
     monkeypatch.undo()
     (policy,) = load_artifact(directory).manifest.policies

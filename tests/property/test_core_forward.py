@@ -10,7 +10,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.config import DalorraConfig
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.method import Draw
-from dalorra_core.predictive.scoring import plan_chunks, score_rows
+from dalorra_core.predictive.scoring import RowsToScore, plan_chunks, score_rows, score_together
 from dalorra_core.sampling.streams import permutation, uniforms
 from tests.support.tiny_models import random_rows, tiny_adapter
 
@@ -76,6 +76,43 @@ def test_chunked_equals_whole_equals_one_sample_at_a_time(
         torch.testing.assert_close(one[0], whole[m], rtol=1e-5, atol=1e-5)
     fewer = score(late, pack_of(late, seed, max(1, samples - 1)), lengths, 10**6)
     torch.testing.assert_close(fewer, whole[: len(fewer)], rtol=1e-5, atol=1e-5)
+
+
+FAMILY = [TINY[True]]
+FAMILY += [
+    tiny_adapter(r=r, targets=targets, layers=layers, num_labels=labels, seed=r, beside=FAMILY[0])
+    for r, targets, layers, labels in (
+        (1, ("lm_head",), None, 2),
+        (2, ("o_proj", "lm_head"), None, 6),
+        (5, ("q_proj", "down_proj"), (1, 1), 3),
+    )
+]
+"""Four adapters on one model, of other ranks, modules, layers and label counts."""
+
+
+@settings(max_examples=25)
+@given(
+    mates=st.lists(
+        st.tuples(st.integers(0, 3), LENGTHS, st.integers(0, 2**32)), min_size=1, max_size=4
+    ),
+    samples=st.integers(1, 4),
+    limit=st.integers(1, 200),
+)
+def test_an_answer_never_depends_on_who_shares_its_batch(
+    mates: list[tuple[int, list[int], int]], samples: int, limit: int
+) -> None:
+    groups = []
+    for member, lengths, seed in mates:
+        tiny = FAMILY[member]
+        draw = Draw(("mates", seed), samples)
+        pack = METHODS["dalorra"].predict_pack(tiny.state, DalorraConfig(), draw)
+        rows = random_rows(lengths, num_labels=tiny.model.num_labels, seed=seed % 1000)
+        groups.append(RowsToScore(tiny.model, pack, rows))
+    found = score_together(groups, max_padded_tokens=limit, label_mass=True)
+    for group, prediction in zip(groups, found, strict=True):
+        (alone,) = score_together([group], max_padded_tokens=10**6, label_mass=True)
+        torch.testing.assert_close(prediction.log_probs, alone.log_probs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prediction.label_mass, alone.label_mass, rtol=1e-4, atol=1e-6)
 
 
 @given(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec
 
@@ -90,16 +91,26 @@ class Api:
 
 @contextlib.asynccontextmanager
 async def running(
-    engine: FakeEngine | None = None, *, wait: bool = True, **settings: Any
+    engine: FakeEngine | None = None,
+    *spares: FakeEngine,
+    wait: bool = True,
+    **settings: Any,
 ) -> AsyncIterator[Api]:
     """Start an app on a fake engine, wait until it is loaded, and stop it at the end.
 
+    A lost engine is replaced by the next of the spares, and the last one by itself.
     Feedback is off unless the settings say where it shall go.
     """
     engine = engine or FakeEngine()
     if not settings.keys() & {"state_dir", "feedback_url"}:
         settings["feedback_url"] = "off"
-    app = create_app(lambda: engine, Settings(batch_wait_ms=0, **settings))
+    engines = deque([engine, *spares])
+    made = tuple(engines)
+
+    def factory() -> FakeEngine:
+        return engines.popleft() if len(engines) > 1 else engines[0]
+
+    app = create_app(factory, Settings(**{"batch_wait_ms": 0, **settings}))
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
@@ -111,5 +122,6 @@ async def running(
         try:
             yield api
         finally:
-            for gate in (engine.gate, engine.load_gate, engine.encode_gate):
-                gate.set()  # a failed test must not hang the next one
+            for one in made:
+                for gate in (one.gate, one.load_gate, one.encode_gate):
+                    gate.set()  # a failed test must not hang the next one

@@ -6,15 +6,19 @@ and a flat one, so that tests can ask for each decision.
 """
 
 import hashlib
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from server.ports import (
     AbstainGuarantee,
     AdapterCard,
+    AdapterLoadError,
     BatchKey,
+    BatchRow,
     BatchScores,
     CalibrationCard,
     ChoiceQuestion,
@@ -33,8 +37,11 @@ from server.ports import (
     Sampling,
     ScoreName,
     ScoreReference,
+    SelfTest,
+    StoredAdapter,
     Truncate,
     UncertifiedTarget,
+    Wanted,
 )
 from server.telemetry import DRIFT_EDGES
 from tests.support.fake_rows import StoredRow, curve_of, evaluate
@@ -195,17 +202,30 @@ class FakeEngine:
         entered: Set while a batch is inside ``run_batch``.
         fault: Called with the texts of each batch; may raise.
         load_gate: Cleared, it blocks ``load``.
+        asked: Set once ``load`` is called.
         load_fault: Raised by ``load`` when set.
         encode_gate: Cleared, it blocks ``encode``.
         batches: The texts of every batch, in order, with failed ones.
+        library: What lies in directories of these names, for ``load_adapter``.
+        adapter_fault: Called with the directory's name by ``load_adapter``; may raise.
+        selftest_error: What ``self_test`` finds; the limit is 1e-3.
+        chunk_rows: Rows of one pretended forward pass; ``wanted`` is asked before each.
+        mixes: What ``mixes_adapters`` says.
     """
 
     def __init__(self, *cards: AdapterCard) -> None:
-        self.cards = {card.name: card for card in (cards or (TOPICS,))}
+        self.cards = {card.key: card for card in (cards or (TOPICS,))}
+        self._first = tuple(self.cards.values())
+        self._loads = itertools.count(1)
+        self.library: dict[str, AdapterCard] = {}
+        self.adapter_fault: Callable[[str], None] = lambda _name: None
+        self.selftest_error = 1e-7
+        self.chunk_rows = 8
+        self.mixes = True
         self.gate, self.load_gate, self.encode_gate = (threading.Event() for _ in range(3))
         for gate in (self.gate, self.load_gate, self.encode_gate):
             gate.set()
-        self.entered = threading.Event()
+        self.entered, self.asked = threading.Event(), threading.Event()
         self.fault: Callable[[list[str]], None] = lambda _texts: None
         self.load_fault: Exception | None = None
         self.batches: list[list[str]] = []
@@ -216,10 +236,48 @@ class FakeEngine:
         return 4096
 
     def load(self) -> tuple[AdapterCard, ...]:
+        self.asked.set()
         self.load_gate.wait(10)
         if self.load_fault is not None:
             raise self.load_fault
-        return tuple(self.cards.values())
+        return self._first
+
+    @property
+    def mixes_adapters(self) -> bool:
+        return self.mixes
+
+    def load_adapter(self, directory: Path, name: str | None = None) -> AdapterCard:
+        self.load_gate.wait(10)
+        self.adapter_fault(directory.name)
+        if directory.name not in self.library:
+            raise AdapterLoadError(f"{directory.name} has no manifest.json")
+        stored = self.library[directory.name]
+        served = name or stored.name
+        card = replace(
+            stored, name=served, load_id=f"{served}:{stored.revision}#{next(self._loads)}"
+        )
+        self.cards[card.key] = card
+        return card
+
+    def unload_adapter(self, adapter: str) -> None:
+        self.cards.pop(adapter, None)
+
+    def stored_adapter(self, directory: Path) -> StoredAdapter:
+        card = self.library.get(directory.name)
+        if card is None:
+            return StoredAdapter(directory.name, None, None, 0, 0, False, False, "no manifest.json")
+        return StoredAdapter(
+            name=card.name,
+            revision=card.revision,
+            method=card.method,
+            num_labels=len(card.labels),
+            num_bytes=1000,
+            signed=card.signed_by is not None,
+            calibrated=card.calibration is not None,
+        )
+
+    def self_test(self, adapter: str) -> SelfTest:
+        return SelfTest(self.selftest_error if adapter in self.cards else math.nan, 1e-3)
 
     def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
         self.encode_gate.wait(10)
@@ -232,18 +290,26 @@ class FakeEngine:
         kept = words[-limit:] if truncate == "start" else words[:limit]
         return EncodedRow(len(kept) + 2, len(kept) < len(words), _Words(" ".join(kept), labels))
 
-    def run_batch(self, key: BatchKey, rows: Sequence[EncodedRow]) -> BatchScores:
-        words = [_words(row) for row in rows]
+    def run_batch(self, rows: Sequence[BatchRow], wanted: Wanted) -> BatchScores:
+        assert len({row.key.sampling.passes for row in rows}) == 1
+        assert self.mixes or len({row.key for row in rows}) == 1
+        words = [_words(row.row) for row in rows]
         texts = [word.text for word in words]
         self.batches.append(texts)
         self.entered.set()
         self.gate.wait(10)
         self.entered.clear()
         self.fault(texts)
-        card = self.cards[key.adapter]
-        return BatchScores(
-            tuple(score(word.text, word.labels, key.sampling, card) for word in words), 0.002, 0.001
-        )
+        scores: list[RowScores | None] = []
+        for start in range(0, len(rows), self.chunk_rows):
+            places = range(start, min(start + self.chunk_rows, len(rows)))
+            keep = any(wanted(place) for place in places)
+            scores += [self._score(rows[place]) if keep else None for place in places]
+        return BatchScores(tuple(scores), 0.002, 0.001)
+
+    def _score(self, row: BatchRow) -> RowScores:
+        word, card = _words(row.row), self.cards[row.key.adapter]
+        return score(word.text, word.labels, row.key.sampling, card)
 
     def mask_set(self, key: BatchKey) -> str | None:
         if self.cards[key.adapter].point_method or key.sampling.estimator == "mean_mask":

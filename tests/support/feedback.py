@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from server.feedback.signing import PredictionClaim, make_nonce
+from server.feedback.claim import PredictionClaim, Reproduction
+from server.feedback.signing import make_nonce
 
-__all__ = ["NOW", "make_claim"]
+__all__ = ["NOW", "make_claim", "make_reproduction"]
 
 NOW = 1_800_000_000
 
@@ -27,3 +28,19 @@ def make_claim(**changes: Any) -> PredictionClaim:
         "default_sampling": True,
     }
     return PredictionClaim(**(values | changes))
+
+
+def make_reproduction(**changes: Any) -> Reproduction:
+    """Return what a version 2 id adds."""
+    values: dict[str, Any] = {
+        "manifest": "0123456789abcdef" * 2,
+        "probs": "fedcba9876543210" * 2,
+        "mask_set": "ms_0123456789ab",
+        "combined_with": None,
+        "truncated": False,
+        "deterministic": True,
+        "threads": 2,
+        "dtype": "float32",
+        "design": "iid",
+    }
+    return Reproduction(**(values | changes))

@@ -34,6 +34,7 @@ from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.methods import METHODS
 from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.trunk import Trunk
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 __all__ = [
@@ -137,7 +138,7 @@ class TinyAdapter:
         return len(self.state.specs) * self.state.r
 
 
-def tiny_adapter(
+def tiny_adapter(  # noqa: PLR0913  all by name, each with a default
     family: str = "llama",
     *,
     r: int = 3,
@@ -145,11 +146,27 @@ def tiny_adapter(
     layers: tuple[int, int] | None = None,
     num_labels: int = 5,
     seed: int = 0,
+    beside: TinyAdapter | None = None,
+    **changes: Any,
 ) -> TinyAdapter:
-    """Return a tiny adapted model whose factors and gate logits are random and not small."""
-    base = tiny_model(family, seed=seed)
-    adapted = tiny_model(family, seed=seed)
-    specs = label_rows_only(find_targets(adapted, targets, layers), num_labels)
+    """Return a tiny adapted model whose factors and gate logits are random and not small.
+
+    Args:
+        family: One of `FAMILIES`.
+        r: Rank.
+        targets: Adapted modules.
+        layers: First and last adapted layer; None for all.
+        num_labels: C; the first of one list of six label tokens.
+        seed: Of the model (without ``beside``), the factors and the gates.
+        beside: Another adapter, on whose model in memory this one is to stand too.
+        changes: See `tiny_model`; of no effect with ``beside``.
+    """
+    if beside is None:
+        base = tiny_model(family, seed=seed, **changes)
+        trunk = Trunk(tiny_model(family, seed=seed, **changes))
+    else:
+        base, trunk = beside.base, beside.model.trunk
+    specs = label_rows_only(find_targets(base, targets, layers), num_labels)
     label_set = LabelSet(tuple("ABCDEF"[:num_labels]), LABEL_TOKENS[:num_labels])
     params = METHODS["dalorra"].init(specs, r, seed, DalorraConfig())
     generator = torch.Generator().manual_seed(seed + 1)
@@ -158,7 +175,7 @@ def tiny_adapter(
             scale = 1.0 if name == "phi" else 0.5
             params[name] = scale * torch.randn(value.shape, generator=generator)
     state = AdapterState(specs, r, 2.0, params)
-    return TinyAdapter(base, LabelModel(adapted, specs, label_set), state, label_set)
+    return TinyAdapter(base, LabelModel(trunk, specs, label_set), state, label_set)
 
 
 def gated_pack(state: AdapterState, z: Tensor | None) -> SamplePack:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dalorra
 import dalorra_core
 import server
 
@@ -16,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def _modules() -> list[str]:
-    names = [dalorra_core.__name__, server.__name__]
-    for package in (dalorra_core, server):
+    packages = (dalorra, dalorra_core, server)
+    names = [package.__name__ for package in packages]
+    for package in packages:
         found = pkgutil.walk_packages(package.__path__, prefix=f"{package.__name__}.")
         names += [module.name for module in found]
     return sorted(name for name in names if not name.endswith("__main__"))
@@ -26,7 +28,7 @@ def _modules() -> list[str]:
 def _imported_names() -> dict[str, set[str]]:
     """Return, for each of our modules, the names that other files of ours import from it."""
     wanted: dict[str, set[str]] = defaultdict(set)
-    for package in ("dalorra_core", "server"):
+    for package in ("dalorra", "dalorra_core", "server"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.module is not None:

@@ -1,11 +1,14 @@
 """dalorra_core.adapters.inject and state: which layers are adapted, and from what they start."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.inject import (
     TargetSpec,
     decoder_of,
@@ -16,7 +19,7 @@ from dalorra_core.adapters.inject import (
 )
 from dalorra_core.adapters.linear import AdaptedLinear
 from dalorra_core.adapters.state import AdapterState, init_factors, label_rows_only, module_packs
-from dalorra_core.errors import ConfigError
+from dalorra_core.errors import BaseModelError, ConfigError
 from dalorra_core.sampling.streams import uniforms
 from tests.support.tiny_models import FAMILIES, tiny_model
 
@@ -60,7 +63,7 @@ def test_injection_replaces_the_named_layers_and_no_other() -> None:
     model = tiny_model()
     head, kept = lm_head_of(model), model.get_submodule("model.layers.0.self_attn.k_proj")
     old = model.get_submodule("model.layers.1.self_attn.q_proj")
-    inject(model, find_targets(model, ("q_proj", "lm_head"), (1, 1)))
+    inject(model, find_targets(model, ("q_proj", "lm_head"), (1, 1)), Binding())
     replaced = model.get_submodule("model.layers.1.self_attn.q_proj")
     assert isinstance(replaced, AdaptedLinear)
     assert replaced.base is old
@@ -69,6 +72,48 @@ def test_injection_replaces_the_named_layers_and_no_other() -> None:
     ]
     assert lm_head_of(model) is head
     assert model.get_submodule("model.layers.0.self_attn.k_proj") is kept
+
+
+def test_a_second_adapter_adds_its_own_layers_and_keeps_those_that_are_there() -> None:
+    model, binding = tiny_model(), Binding()
+    first = find_targets(model, ("q_proj",))
+    inject(model, first, binding)
+    layers = [model.get_submodule(spec.name) for spec in first]
+    second = find_targets(tiny_model(), ("q_proj", "o_proj"), (1, 1))
+    inject(model, second, binding)
+    assert [model.get_submodule(spec.name) for spec in first] == layers
+    adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    assert adapted == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "model.layers.0.self_attn.z_proj"}, "has no module 'model.layers.0.self_attn.z"),
+        ({"name": "model.layers.1.self_attn.q_proj.base"}, "has no module"),
+        ({"name": "model.layers.1.mlp"}, "must be a linear layer to be adapted, got LlamaMLP"),
+        ({"name": ""}, "has no module ''"),
+        ({"d_in": 31}, r"\(32, 32, 1\), the adapter's has \(31, 32, 1\)"),
+        ({"d_out": 33}, r"the adapter's has \(32, 33, 1\)"),
+        ({"layer": 0}, r"the adapter's has \(32, 32, 0\)"),
+        ({"layer": None}, r"the adapter's has \(32, 32, None\)"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_refused_before_anything_changes(
+    changes: dict[str, Any], said: str
+) -> None:
+    model, binding = tiny_model(), Binding()
+    inject(model, find_targets(model, ("q_proj",), (1, 1)), binding)
+    good = find_targets(tiny_model(), ("o_proj", "q_proj"), (1, 1))
+    bad = replace(next(s for s in good if s.name.endswith("q_proj")), **changes)
+    with pytest.raises(BaseModelError, match=said):
+        inject(model, [*good, bad], binding)
+    adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
+    assert adapted == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_a_model_without_a_decoder_or_a_linear_head_is_refused() -> None:

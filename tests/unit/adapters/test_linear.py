@@ -70,3 +70,27 @@ def test_a_layer_adds_the_bound_part_and_only_that() -> None:
     with binding.bind(SamplePack(M, 2.0, {"q": module})):
         torch.testing.assert_close(layer(h), base(h) + by_loops(h, module, 2.0))
     assert torch.equal(layer(h), base(h))
+
+
+def test_a_layer_adds_each_packs_part_to_its_own_rows() -> None:
+    """Three groups; the middle pack does not adapt this layer; ranks and scalings differ."""
+    base = nn.Linear(D_IN, D_OUT, dtype=torch.float64)
+    binding = Binding()
+    layer = AdaptedLinear(base, "q", binding)
+    counts = (2, 1, 3)
+    h = random(M * sum(counts), T, D_IN, seed=4)
+    first = module_of(own_a=False, own_b=True, gated=True)
+    last = ModulePack(random(1, 7, D_IN, seed=5), random(1, D_OUT, 7, seed=6), None)
+    packs = (
+        SamplePack(M, 2.0, {"q": first}),
+        SamplePack(M, 2.0, {"other": first}),
+        SamplePack(M, 0.5, {"q": last}),
+    )
+    with torch.no_grad(), binding.bind(*packs, rows=counts):
+        found = layer(h).unflatten(0, (M, -1))  # (M, B, T, d_out)
+    rows = h.unflatten(0, (M, -1))
+    for pack, own in zip(packs, (slice(0, 2), slice(2, 3), slice(3, 6)), strict=True):
+        with torch.no_grad(), binding.bind(pack):
+            alone = layer(rows[:, own].flatten(0, 1))
+        torch.testing.assert_close(found[:, own].flatten(0, 1), alone, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[:, 2:3], base(rows[:, 2:3]))

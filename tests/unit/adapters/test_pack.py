@@ -84,18 +84,48 @@ def test_a_pack_that_disagrees_with_its_size_is_refused(
 
 def test_a_pack_is_lent_for_the_block_and_taken_back() -> None:
     binding, pack = Binding(), pack_of(2)
-    assert binding.lookup("a") is None
+    assert binding.lookup("a") == ()
     with binding.bind(pack):
-        assert binding.lookup("a") == (pack.modules["a"], 2, 2.0)
-        assert binding.lookup("b") is None
+        assert binding.lookup("a") == ((pack.modules["a"], 2, 2.0, None),)
+        assert binding.lookup("b") == ()
         with pytest.raises(RuntimeError, match="already bound"), binding.bind(pack_of(3)):
             pass
-        assert binding.lookup("a") == (pack.modules["a"], 2, 2.0)
-    assert binding.lookup("a") is None
+        assert binding.lookup("a") == ((pack.modules["a"], 2, 2.0, None),)
+    assert binding.lookup("a") == ()
+
+
+def test_several_packs_are_lent_each_for_its_own_rows() -> None:
+    binding, first, last = Binding(), pack_of(2), pack_of(2)
+    other = SamplePack(2, 3.0, {"b": first.modules["a"]})
+    with binding.bind(first, other, last, rows=(3, 1, 2)):
+        assert binding.lookup("a") == (
+            (first.modules["a"], 2, 2.0, slice(0, 3)),
+            (last.modules["a"], 2, 2.0, slice(4, 6)),
+        )
+        assert binding.lookup("b") == ((first.modules["a"], 2, 3.0, slice(3, 4)),)
+    assert binding.lookup("a") == ()
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "said"),
+    [
+        ((2, 3), (1, 1), "equal num_samples, got"),
+        ((2, 2), (1,), r"at least one row, got \(1,\)"),
+        ((2, 2), (1, 0), r"at least one row, got \(1, 0\)"),
+    ],
+)
+def test_packs_that_cannot_share_a_batch_are_refused(
+    samples: tuple[int, ...], rows: tuple[int, ...], said: str
+) -> None:
+    binding = Binding()
+    packs = [pack_of(count) for count in samples]
+    with pytest.raises(ConfigError, match=said), binding.bind(*packs, rows=rows):
+        pass
+    assert binding.lookup("a") == ()
 
 
 def test_a_failing_forward_gives_the_pack_back() -> None:
     binding = Binding()
     with pytest.raises(ZeroDivisionError), binding.bind(pack_of(2)):
         _ = 1 / 0
-    assert binding.lookup("a") is None
+    assert binding.lookup("a") == ()

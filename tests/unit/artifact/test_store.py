@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from dalorra_core.artifact import placing
 from dalorra_core.artifact.manifest import manifest_digest
+from dalorra_core.artifact.reading import read_manifest
 from dalorra_core.artifact.store import (
     ADAPTER_FILE,
     MANIFEST_FILE,
@@ -199,6 +201,20 @@ def test_a_file_that_is_no_manifest_is_refused(artifact: Path, content: bytes) -
         load_artifact(artifact)
 
 
+def test_half_a_character_in_a_manifest_is_refused(artifact: Path) -> None:
+    """JSON can write it, UTF-8 cannot: no digest can be made of it."""
+    path = artifact / MANIFEST_FILE
+    path.write_bytes(path.read_bytes().replace(b'"name": "demo"', b'"name": "\\ud800"'))
+    with pytest.raises(ArtifactCorruptError, match="cannot be what was written"):
+        load_artifact(artifact)
+
+
+def test_a_manifest_can_be_read_without_the_other_files(artifact: Path) -> None:
+    manifest = load_artifact(artifact).manifest
+    (artifact / ADAPTER_FILE).unlink()
+    assert read_manifest(artifact) == manifest
+
+
 @pytest.mark.parametrize(
     "changes", [{"r": "many"}, {"surprise": 1}, {"method": {"name": "unknown"}}, {"labels": None}]
 )
@@ -242,13 +258,13 @@ def test_a_directory_that_is_no_artifact_is_never_replaced(tmp_path: Path) -> No
     load_artifact(empty)
 
 
-@pytest.mark.parametrize("crash", ["first file", "second file", "rename"])
+@pytest.mark.parametrize("crash", ["first file", "second file", "exchange", "rename"])
 def test_a_crash_while_writing_leaves_the_old_artifact(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     old = load_artifact(artifact)
     synced = 0
-    sync, replace = os.fsync, Path.replace
+    sync, rename = os.fsync, Path.rename
 
     def failing_sync(fd: int) -> None:
         nonlocal synced
@@ -257,13 +273,20 @@ def test_a_crash_while_writing_leaves_the_old_artifact(
             raise OSError(28, "No space left on device")
         sync(fd)
 
-    def failing_replace(self: Path, target: Path) -> Path:
-        if crash == "rename" and ".writing-" in self.name:
+    def failing_rename(self: Path, target: Path) -> Path:
+        if ".writing-" in self.name:
             raise OSError(28, "No space left on device")
-        return replace(self, target)
+        return rename(self, target)
+
+    def failing_exchange(one: Path, other: Path) -> bool:
+        raise OSError(28, "No space left on device", str(other), None, str(one))
 
     monkeypatch.setattr(os, "fsync", failing_sync)
-    monkeypatch.setattr(Path, "replace", failing_replace)
+    if crash == "exchange":
+        monkeypatch.setattr(placing, "_exchanged", failing_exchange)
+    if crash == "rename":
+        monkeypatch.setattr(placing, "_exchanged", lambda _one, _other: False)
+        monkeypatch.setattr(Path, "rename", failing_rename)
     other = pack_tensors({**tiny_params(), "phi": torch.zeros(2, 3)})
     with pytest.raises(OSError, match="No space left"):
         save_artifact(artifact, tiny_manifest(name="new"), other, overwrite=True)

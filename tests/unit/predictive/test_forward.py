@@ -143,7 +143,7 @@ def test_closed_gates_are_the_base_model_bit_for_bit(tiny: TinyAdapter) -> None:
     closed = gated_pack(tiny.state, torch.zeros(1, len(tiny.state.specs), tiny.state.r))
     rows = random_rows((9,))
     untouched = tiny.base.base_model(input_ids=torch.tensor([rows[0].token_ids])).last_hidden_state
-    with torch.no_grad(), tiny.model.binding.bind(closed):
+    with torch.no_grad(), tiny.model.trunk.binding.bind(closed):
         ours = tiny.model.decoder(input_ids=torch.tensor([rows[0].token_ids])).last_hidden_state
     assert torch.equal(ours, untouched)
     none = SamplePack(1, 2.0, {})
@@ -276,7 +276,7 @@ def test_a_forward_without_a_pack_is_the_base_models(tiny: TinyAdapter) -> None:
     assert any(isinstance(m, AdaptedLinear) for m in tiny.model.modules())
     bad = gated_pack(tiny.state, hard(tiny, 1))
     broken = SamplePack(2, 2.0, {n: type(m)(m.lora_A, m.lora_B) for n, m in bad.modules.items()})
-    with pytest.raises(RuntimeError), tiny.model.binding.bind(broken):
+    with pytest.raises(RuntimeError), tiny.model.trunk.binding.bind(broken):
         logits_of(tiny, bad)
     ids = torch.tensor([[5, 6, 7]])
     after = tiny.model.decoder(input_ids=ids).last_hidden_state

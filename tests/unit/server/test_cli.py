@@ -17,6 +17,8 @@ def test_help_names_every_option_and_the_exit_codes() -> None:
     for option in (
         *("--base", "--host", "--port", "--device", "--dtype", "--drain-seconds"),
         *("--max-rows", "--max-queued-rows", "--max-batch-tokens", "--request-timeout"),
+        *("--adapter-root", "--trusted-keys", "--api-keys-file", "--allow-unauthenticated"),
+        *("--tls-cert", "--tls-key", "--tls-client-ca", "--otel-endpoint"),
     ):
         assert option in result.output
     assert "Exit status" in result.output
@@ -70,3 +72,47 @@ def test_settings_that_contradict_each_other_show_no_password(
         result.output
     )
     assert "hunter2" not in result.output
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
+    (tmp_path / "manifest.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_an_open_address_without_keys_does_not_start(adapter: str) -> None:
+    result = RUN.invoke(app, ["serve", adapter, "--host", "0.0.0.0"])
+    assert result.exit_code == 2
+    for name in ("host is '0.0.0.0'", "api_keys_file", "allow_unauthenticated"):
+        assert name in result.output
+
+
+def test_files_of_keys_and_certificates_that_cannot_be_used(adapter: str, tmp_path: Path) -> None:
+    wrong = str(tmp_path / "manifest.json")
+    cases = {
+        "api_keys_file: No such file": ["--api-keys-file", str(tmp_path / "none")],
+        "api_keys_file: keys: ": ["--api-keys-file", str(_file(tmp_path, '{"keys": 3}'))],
+        "tls_cert and tls_key must be given together": ["--tls-cert", wrong],
+        "tls_client_ca needs": ["--tls-client-ca", wrong],
+        "tls_cert or tls_key cannot be used": ["--tls-cert", wrong, "--tls-key", wrong],
+    }
+    for says, options in cases.items():
+        result = RUN.invoke(app, ["serve", adapter, *options], env={"DALORRA_FEEDBACK_URL": "off"})
+        assert result.exit_code == 2, says
+        assert says in result.output
+        assert "Traceback" not in result.output
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "keys.json"
+    path.write_text(text)
+    return path
+
+
+def test_an_adapter_root_is_enough_and_must_be_a_directory(tmp_path: Path) -> None:
+    missing = RUN.invoke(app, ["serve", "--adapter-root", str(tmp_path / "none")])
+    assert missing.exit_code == 2
+    assert "is not a directory" in missing.output
+    # past the options: the next fault is found
+    enough = RUN.invoke(app, ["serve", "--adapter-root", str(tmp_path), "--host", "0.0.0.0"])
+    assert "api_keys_file" in enough.output

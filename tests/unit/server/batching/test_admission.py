@@ -1,10 +1,14 @@
+import math
+
 import pytest
 
 from server.batching import Admission, AdmissionLimits, QueueFullError
 
 
-def make(requests: int = 2, rows: int = 10, tokens: int = 100, cap_s: int = 60) -> Admission:
-    return Admission(AdmissionLimits(requests, rows, tokens, cap_s))
+def make(
+    requests: int = 2, rows: int = 10, tokens: int = 100, cap_s: int = 60, share: float = 1.0
+) -> Admission:
+    return Admission(AdmissionLimits(requests, rows, tokens, cap_s, share))
 
 
 def inside(admission: Admission) -> tuple[int, int, int]:
@@ -56,6 +60,8 @@ def test_rows_beyond_the_limit_are_refused_and_not_counted() -> None:
 def test_tokens_beyond_the_limit_are_refused_and_not_counted() -> None:
     admission = make(tokens=100)
     with admission.enter() as first, admission.enter() as second:
+        first.reserve_rows(1)
+        second.reserve_rows(1)
         first.reserve_tokens(60)
         with pytest.raises(QueueFullError, match="tokens"):
             second.reserve_tokens(41)
@@ -70,6 +76,7 @@ def test_a_full_queue_refuses_before_anything_is_spent(resource: str) -> None:
         if resource == "rows":
             permit.reserve_rows(10)
         else:
+            permit.reserve_rows(1)
             permit.reserve_tokens(100)
         with pytest.raises(QueueFullError) as caught:
             admission.enter()
@@ -90,6 +97,7 @@ def test_retry_after_is_the_time_the_work_inside_takes() -> None:
     admission.observe_speed(1000, 10.0)  # 100 tokens a second
     with admission.enter() as permit:
         assert admission.retry_after_s() == 1
+        permit.reserve_rows(2)
         permit.reserve_tokens(950)
         assert admission.retry_after_s() == 10
 
@@ -99,6 +107,7 @@ def test_retry_after_follows_the_speed_and_is_capped() -> None:
     admission.observe_speed(400, 1.0)
     admission.observe_speed(0, 1.0)
     with admission.enter() as permit:
+        permit.reserve_rows(2)
         permit.reserve_tokens(3000)
         assert admission.retry_after_s() == 10  # 0.75 * 400 tokens a second
         admission.observe_speed(0, 0.0)
@@ -106,3 +115,68 @@ def test_retry_after_follows_the_speed_and_is_capped() -> None:
         admission.observe_speed(0, 1.0)
         admission.observe_speed(0, 1.0)
         assert admission.retry_after_s() == 20
+
+
+def test_work_of_priority_batch_holds_its_share_at_most_and_interactive_work_finds_room() -> None:
+    admission = make(requests=4, rows=10, tokens=100, share=0.5)
+    with admission.enter("batch") as first, admission.enter("batch") as second:
+        with pytest.raises(QueueFullError, match="at most 2 requests of priority batch") as caught:
+            admission.enter("batch")
+        assert (caught.value.resource, caught.value.limit) == ("requests", 2)
+        first.reserve_rows(4)
+        with pytest.raises(QueueFullError, match="at most 5 rows of priority batch"):
+            second.reserve_rows(2)
+        second.reserve_rows(1)
+        first.reserve_tokens(30)
+        with pytest.raises(QueueFullError, match="at most 50 tokens of priority batch"):
+            second.reserve_tokens(21)
+        with admission.enter() as urgent:
+            urgent.reserve_rows(5)
+            urgent.reserve_tokens(70)
+            assert inside(admission) == (3, 10, 100)
+    assert inside(admission) == (0, 0, 0)
+
+
+def test_interactive_work_may_fill_every_bound() -> None:
+    admission = make(requests=4, rows=10, share=0.5)
+    with admission.enter() as first, admission.enter("batch") as second:
+        first.reserve_rows(10)
+        with pytest.raises(QueueFullError, match="at most 10 rows at a time"):
+            second.reserve_rows(1)
+
+
+def test_a_batch_request_larger_than_its_share_may_enter_an_empty_server_only() -> None:
+    admission = make(requests=4, rows=10, share=0.5)
+    with admission.enter("batch") as permit:
+        permit.reserve_rows(9)
+        assert admission.num_rows == 9
+    with admission.enter() as urgent, admission.enter("batch") as permit:
+        urgent.reserve_rows(1)
+        with pytest.raises(QueueFullError, match="at most 5 rows of priority batch"):
+            permit.reserve_rows(9)
+
+
+def test_retry_after_takes_rows_and_requests_that_are_not_counted_yet_for_average_ones() -> None:
+    admission = make(requests=9, rows=100, tokens=10_000, cap_s=1000)
+    admission.observe_speed(100, 1.0)
+    with admission.enter() as known:
+        known.reserve_rows(2)
+        known.reserve_tokens(600)  # 300 tokens a row
+    assert admission.retry_after_s() == 1
+    with admission.enter() as rows_known, admission.enter():
+        rows_known.reserve_rows(2)
+        assert admission.retry_after_s() == 12  # 2 rows, and one request of 2 rows
+        rows_known.reserve_tokens(100)  # now 237.5 tokens a row
+        assert admission.retry_after_s() == math.ceil((100 + 2 * 237.5) / 100)
+    assert admission.retry_after_s() == 1
+
+
+def test_a_request_that_leaves_before_it_was_counted_leaves_nothing_behind() -> None:
+    admission = make(requests=9, rows=100, tokens=10_000, cap_s=1000)
+    admission.observe_speed(100, 1.0)
+    with admission.enter() as first, admission.enter():
+        first.reserve_rows(3)
+    with admission.enter() as known:
+        known.reserve_rows(1)
+        known.reserve_tokens(500)
+        assert admission.retry_after_s() == 5

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from server.batching import BatchLimits, BatchPlan, Pending, Ticket, plan_batch, release
@@ -18,6 +20,12 @@ def row(
     key = BatchKey(adapter, Sampling(num_samples=samples, estimator=estimator))
     ticket = Ticket(key, (EncodedRow(tokens, False, None),), deadline_s=deadline_s)
     return Pending(ticket, 0, queued_s)
+
+
+def patient_row(tokens: int, *, queued_s: float) -> Pending:
+    key = BatchKey("a", Sampling(num_samples=1))
+    rows = (EncodedRow(tokens, False, None),)
+    return Pending(Ticket(key, rows, deadline_s=100.0, priority="batch"), 0, queued_s)
 
 
 def plan(*waiting: Pending, now_s: float = 1.0, limits: BatchLimits = LIMITS) -> BatchPlan:
@@ -71,6 +79,37 @@ def test_rows_of_another_key_keep_their_place() -> None:
     assert (result.rows, result.remaining) == ((a1, a2), (b1, b2))
 
 
+def test_rows_of_other_adapters_and_seeds_join_where_the_engine_mixes_them() -> None:
+    mixing = replace(LIMITS, mix_adapters=True)
+    a1, b1, a2, b3 = row(5), row(5, adapter="b"), row(5), row(5, adapter="b", samples=3)
+    result = plan(a1, b1, a2, b3, limits=mixing)
+    assert (result.rows, result.remaining) == ((a1, b1, a2), (b3,))
+
+
+def test_only_interactive_rows_within_the_delay_overtake_a_row_of_priority_batch() -> None:
+    patient = patient_row(60, queued_s=1.0)
+    soon, late = row(60, queued_s=2.5), row(60, queued_s=3.5)
+    limits = replace(LIMITS, priority_delay_s=2.0)
+    waiting = [patient, soon, late]
+    order: list[Pending] = []
+    while waiting:
+        result = plan(*waiting, now_s=4.0, limits=limits)
+        order += result.rows
+        waiting = list(result.remaining)
+    assert order == [soon, patient, late]
+
+
+def test_without_a_delay_rows_run_in_order_of_arrival_whatever_their_priority() -> None:
+    rows = [patient_row(5, queued_s=1.0), row(5, queued_s=1.0), row(5, queued_s=2.0)]
+    assert plan(*rows, limits=replace(LIMITS, priority_delay_s=0.0)).rows == tuple(rows)
+
+
+def test_a_row_of_priority_batch_is_released_by_the_time_it_came() -> None:
+    rows = [patient_row(5, queued_s=0.5), row(5, queued_s=0.9)]
+    result = release(plan(*rows), LIMITS, now_s=1.0, alone=False, stopping=False)
+    assert tuple(result) == ("timeout", None)
+
+
 def test_a_row_of_very_different_length_waits_for_the_next_batch() -> None:
     first, second, long, similar = row(5), row(5), row(24), row(6)
     result = plan(first, second, long, similar)
@@ -112,5 +151,12 @@ def test_release(
     stopping: bool,
     expected: tuple[str | None, float | None],
 ) -> None:
-    result = release(plan(*rows, now_s=now_s), LIMITS, now_s=now_s, stopping=stopping)
+    result = release(plan(*rows, now_s=now_s), LIMITS, now_s=now_s, alone=False, stopping=stopping)
     assert tuple(result) == expected
+
+
+def test_nobody_waits_for_company_that_is_not_on_its_way() -> None:
+    result = release(
+        plan(row(5, queued_s=1.0), now_s=1.25), LIMITS, now_s=1.25, alone=True, stopping=False
+    )
+    assert tuple(result) == ("alone", None)

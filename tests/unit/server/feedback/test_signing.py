@@ -1,19 +1,35 @@
 import base64
+import math
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.feedback import BadPredictionIdError, FeedbackSetupError, PredictionSigner
+from server.feedback import (
+    BadPredictionIdError,
+    FeedbackSetupError,
+    PredictionSigner,
+    answer_digest,
+    claim_unverified,
+)
+from server.feedback.claim import packed
 from server.feedback.signing import MIN_SECRET_CHARS, load_secrets
-from tests.support.feedback import make_claim
+from tests.support.feedback import make_claim, make_reproduction
 
 OLD, NEW, OTHER = "o" * 40, "n" * 40, "x" * 40
 CLAIM = make_claim()
+CLAIM_2 = make_claim(reproduction=make_reproduction())
+ID_OF_VERSION_1 = (
+    ".eJw1i1EOwiAQBe-y32vzKGmiZ2kaQ1da11IggPcXE52_l3kzU0tZpRKT3W4OMGYcre1z1RA07sQY7B8mJ-Jz67poP"
+    "S4YMH0PmNiAwXSm2PxdXAmJ2Fzxo3erPPy2P_V1hDOmTNzK2y8fnaAkMQ.JDrtgUcILiEsJdXIp8WmB1MlkMtz8DG5q"
+    "_F5b8WccRM"
+)
+DIGEST_OF_VERSION_1 = "018294031d4988ff49365af4279e1ce49aecfa9bc98cad53f3ede66ccd6e7713"
 TEXTS = st.text(max_size=40)
 
 
@@ -73,9 +89,74 @@ def test_an_id_of_another_secret_is_refused() -> None:
 def test_a_signed_value_that_is_no_claim_is_refused() -> None:
     signer = PredictionSigner([NEW])
     for value in ({"adapter": "topics"}, ["topics"], "topics", None):
-        forged = signer._serializer.dumps(value)
+        for serializer in signer._serializers.values():
+            forged = serializer.dumps(value)
+            with pytest.raises(BadPredictionIdError):
+                signer.verify(forged if isinstance(forged, str) else forged.decode())
+
+
+def test_the_values_of_one_version_signed_as_the_other_are_refused() -> None:
+    """A salt binds a signature to the order of the fields."""
+    signer = PredictionSigner([NEW])
+    for version, claim in ((1, CLAIM_2), (2, CLAIM)):
+        forged = signer._serializers[version].dumps(packed(claim))
         with pytest.raises(BadPredictionIdError):
             signer.verify(forged if isinstance(forged, str) else forged.decode())
+
+
+def test_an_id_that_version_1_issued_still_verifies_under_the_same_key() -> None:
+    """Made by the last release: a label for it must find the row that is stored for it."""
+    claim = PredictionSigner(["s" * 40]).verify(ID_OF_VERSION_1)
+    assert (claim.label, claim.confidence, claim.nonce) == (
+        "billing",
+        0.333333333,
+        "abcdefghijklmnop",
+    )
+    assert claim.reproduction is None
+    assert claim.digest.hex() == DIGEST_OF_VERSION_1
+
+
+@given(mask_set=st.none() | TEXTS, combined=st.none() | TEXTS, cut=st.booleans())
+def test_an_id_of_version_2_gives_back_what_replay_needs(
+    mask_set: str | None, combined: str | None, cut: bool
+) -> None:
+    reproduction = make_reproduction(mask_set=mask_set, combined_with=combined, truncated=cut)
+    claim = make_claim(reproduction=reproduction, confidence=0.5)
+    signer = PredictionSigner([NEW])
+    assert signer.verify(signer.sign(claim)) == claim
+    assert len(claim.digest) == 32
+    assert claim.digest != replace(claim, reproduction=None).digest
+
+
+def test_an_id_of_version_2_is_short_enough_for_a_log_line() -> None:
+    assert len(PredictionSigner([NEW]).sign(CLAIM_2)) <= 460
+
+
+def test_an_id_can_be_read_without_its_secret_and_is_then_unverified() -> None:
+    for claim in (CLAIM, CLAIM_2):
+        forged = PredictionSigner([OTHER]).sign(claim)
+        assert claim_unverified(forged) == claim
+        with pytest.raises(BadPredictionIdError):
+            PredictionSigner([NEW]).verify(forged)
+
+
+@pytest.mark.parametrize("text", ["", ".", "abc", "W10.x", "\ud800", ".eJw.x", "eyJ9." * 9])
+def test_what_is_no_id_cannot_be_read_either(text: str) -> None:
+    with pytest.raises(BadPredictionIdError):
+        claim_unverified(text)
+
+
+def test_the_digest_of_an_answer_is_of_its_labels_and_of_every_bit() -> None:
+    digest = answer_digest(("a", "b"), (0.25, 0.75))
+    assert digest == answer_digest(["a", "b"], [0.25, 0.75])
+    assert len(digest) == 32
+    others = [
+        answer_digest(("b", "a"), (0.25, 0.75)),
+        answer_digest(("a", "b"), (math.nextafter(0.25, 1), 0.75)),
+        answer_digest(("a", "b"), (0.75, 0.25)),
+        answer_digest(('a", "b',), (0.25, 0.75)),
+    ]
+    assert len({digest, *others}) == 5
 
 
 def test_the_first_secret_signs_and_every_one_verifies() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from server.ports import Limit
 from server.telemetry import Telemetry
-from tests.support.fake_engine import POLICY, TOPICS
+from tests.support.fake_engine import POLICY, TOPICS, TOPICS_POINT
 
 OWN = {"adapter": TOPICS.name, "revision": TOPICS.revision}
 
@@ -59,3 +59,13 @@ def test_a_lost_engine_is_shown() -> None:
     get = telemetry.registry.get_sample_value
     assert get("dalorra_adapter_loaded", {"adapter": "topics"}) == 0
     assert get("dalorra_adapter_load_duration_seconds_sum", {}) == 2.0
+
+
+def test_a_comparison_with_an_adapter_that_is_gone_leaves_no_series() -> None:
+    telemetry = Telemetry()
+    telemetry.adapters_loaded((TOPICS, TOPICS_POINT), 1.0)
+    telemetry.adapters_unloaded((TOPICS_POINT,))
+    telemetry.shadow_compared(TOPICS, TOPICS_POINT, same_label=True, same_decision=True)
+    telemetry.shadow_compared(TOPICS_POINT, TOPICS, same_label=True, same_decision=True)
+    (family,) = [f for f in telemetry.collect() if f.name == "dalorra_shadow_comparisons"]
+    assert family.samples == []

@@ -1,0 +1,70 @@
+"""Which predictive is asked for, and the sample packs that answer for it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.errors import ConfigError
+
+__all__ = ["PACKS_KEPT", "SAMPLES_KEPT", "KeptPacks", "SamplingPlan", "pack_tensors_of"]
+
+PACKS_KEPT = 8
+"""Recent sample packs that an adapter keeps."""
+
+SAMPLES_KEPT = 512
+"""Samples that they may have together, which bounds their memory."""
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Which predictive is asked for.
+
+    Attributes:
+        num_samples: M, at least 1; ignored by ``mean_mask`` and by point methods.
+        seed: Picks the mask set.
+        estimator: ``monte_carlo`` averages the probabilities of M samples; ``mean_mask`` is the one
+            deterministic pass at the posterior mean, which has no epistemic part.
+        design: How the samples are drawn together.
+    """
+
+    num_samples: int = 10
+    seed: int = 0
+    estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
+    design: Literal["iid"] = "iid"
+
+    def __post_init__(self) -> None:
+        """Refuse an empty mixture."""
+        if self.num_samples < 1:
+            raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
+
+
+class KeptPacks:
+    """The sample packs that one adapter used last; each is drawn once. Any thread may ask."""
+
+    def __init__(self, draw: Callable[[SamplingPlan], SamplePack]) -> None:
+        self._draw = draw
+        self._packs: dict[SamplingPlan, SamplePack] = {}
+        self._lock = threading.Lock()
+
+    def of(self, plan: SamplingPlan) -> SamplePack:
+        """Return the pack of a plan."""
+        with self._lock:
+            found = self._packs.pop(plan, None)
+            pack = self._draw(plan) if found is None else found
+            self._packs[plan] = pack  # the last one is the one that was used last
+            while len(self._packs) > PACKS_KEPT or self._num_samples() > SAMPLES_KEPT:
+                self._packs.pop(next(iter(self._packs)))
+            return pack
+
+    def _num_samples(self) -> int:
+        return sum(pack.num_samples for pack in self._packs.values())
+
+
+def pack_tensors_of(pack: SamplePack) -> list[Tensor]:
+    """Return all tensors of a pack; factors that samples share are the adapter's own."""
+    found = (t for m in pack.modules.values() for t in (m.lora_A, m.lora_B, m.z))
+    return [tensor for tensor in found if tensor is not None]

@@ -1,0 +1,66 @@
+"""One base model in memory, and who it is; any number of adapters may stand on it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from dalorra_core.base_models.fingerprint import fingerprint
+from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from dalorra_core.base_models.resolve import resolve_base_model
+from dalorra_core.predictive.matching import BaseIdentity, tokenizer_sha256
+from dalorra_core.predictive.trunk import Trunk
+
+__all__ = ["SharedBase", "identify"]
+
+
+def identify(base: str | Path) -> BaseIdentity:
+    """Return who a base model is, from its files alone; fetches a known one the first time.
+
+    Args:
+        base: Directory, hub id or alias.
+
+    Raises:
+        BaseModelError: It cannot be found or read.
+    """
+    directory = resolve_base_model(base)
+    return BaseIdentity(directory, fingerprint(directory), tokenizer_sha256(directory))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBase:
+    """A base model that is loaded once, whatever number of adapters it has.
+
+    Attributes:
+        identity: Directory and hashes.
+        trunk: The model, its adapted layers and whose turn it is.
+        tokenizer: Its tokenizer; used by several threads at once.
+        device: Where the model is.
+        dtype: Its precision.
+    """
+
+    identity: BaseIdentity
+    trunk: Trunk
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def load(cls, identity: BaseIdentity, *, device: str = "auto", dtype: str = "auto") -> Self:
+        """Load a base model and its tokenizer.
+
+        Args:
+            identity: From ``identify``.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: auto, float32 or bfloat16.
+
+        Raises:
+            BaseModelError: If it cannot be read.
+            ConfigError: If the device or the precision is not to be had.
+        """
+        where = pick_device(device)
+        model = load_model(identity.directory, where, pick_dtype(dtype, where))
+        tokenizer = load_tokenizer(identity.directory)
+        real: torch.dtype = next(model.parameters()).dtype
+        return cls(identity, Trunk(model), tokenizer, where, real)

@@ -1,0 +1,65 @@
+"""dalorra_core.predictive.plan: which sample packs are kept."""
+
+import torch
+
+from dalorra_core.adapters.pack import ModulePack, SamplePack
+from dalorra_core.predictive.plan import (
+    PACKS_KEPT,
+    SAMPLES_KEPT,
+    KeptPacks,
+    SamplingPlan,
+    pack_tensors_of,
+)
+
+
+class Drawn:
+    """Draws packs and remembers for which plans."""
+
+    def __init__(self) -> None:
+        self.plans: list[SamplingPlan] = []
+
+    def __call__(self, plan: SamplingPlan) -> SamplePack:
+        self.plans.append(plan)
+        z = torch.ones(plan.num_samples, 2)
+        return SamplePack(
+            plan.num_samples, 1.0, {"a": ModulePack(torch.ones(1, 2, 3), torch.ones(1, 4, 2), z)}
+        )
+
+
+def test_a_pack_that_is_in_use_stays_while_others_come_and_go() -> None:
+    drawn = Drawn()
+    kept, usual = KeptPacks(drawn), SamplingPlan(4)
+    first = kept.of(usual)
+    for seed in range(1, 3 * PACKS_KEPT):
+        kept.of(SamplingPlan(4, seed))
+        assert kept.of(usual) is first
+    assert drawn.plans.count(usual) == 1
+    kept.of(SamplingPlan(4, 1))  # long gone
+    assert drawn.plans.count(SamplingPlan(4, 1)) == 2
+
+
+def test_large_packs_are_fewer() -> None:
+    drawn = Drawn()
+    kept, half = KeptPacks(drawn), SAMPLES_KEPT // 2
+    first = kept.of(SamplingPlan(half))
+    kept.of(SamplingPlan(half, 1))
+    assert kept.of(SamplingPlan(half)) is first
+    kept.of(SamplingPlan(1, 2))  # one sample too many: seed 1 goes
+    kept.of(SamplingPlan(half, 1))
+    assert [plan.seed for plan in drawn.plans] == [0, 1, 2, 1]
+
+
+def test_a_pack_above_the_limit_is_drawn_each_time() -> None:
+    drawn = Drawn()
+    kept = KeptPacks(drawn)
+    huge = SamplingPlan(SAMPLES_KEPT + 1)
+    assert kept.of(huge).num_samples == SAMPLES_KEPT + 1
+    kept.of(huge)
+    assert drawn.plans == [huge, huge]
+
+
+def test_the_tensors_of_a_pack_are_its_factors_and_gates() -> None:
+    pack = Drawn()(SamplingPlan(5))
+    assert sorted(tensor.numel() for tensor in pack_tensors_of(pack)) == [6, 8, 10]
+    plain = SamplePack(1, 1.0, {"a": ModulePack(torch.ones(1, 2, 3), torch.ones(1, 4, 2))})
+    assert len(pack_tensors_of(plain)) == 2
