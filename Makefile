@@ -5,6 +5,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ADAPTER ?= adapters/clinc150
 PYTEST_ARGS ?=
+SOAK_MINUTES ?= 20
+SOAK_RESULTS ?= benchmarks/results/serving
 
 # The first of these that runs and is a supported version; `make PYTHON=/path/to/python3.12` decides
 # otherwise. A name on the PATH is not enough: version managers leave shims that only print an error.
@@ -24,13 +26,14 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test lint format types secrets clean
+.PHONY: help serve install dev test soak lint format types secrets clean
 
 help:  ## List the targets and the settings
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "Settings: HOST=$(HOST) PORT=$(PORT) ADAPTER=$(ADAPTER) PYTHON=$(PYTHON)"
 	@echo "          PYTEST_ARGS='-k name' passes arguments on to pytest"
+	@echo "          SOAK_MINUTES=$(SOAK_MINUTES) is the length of the longest part of make soak"
 
 serve: $(STAMPS)/install  ## Fetch the base model once and serve ADAPTER on HOST:PORT
 	@$(BIN)/python -m dalorra_core.base_models fetch
@@ -42,6 +45,12 @@ dev: $(STAMPS)/dev  ## Install the test and lint tools too
 
 test: $(STAMPS)/test  ## Run the tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Each part runs even when another fails; the table and the exit code are about all of them.
+soak: $(STAMPS)/test  ## Try to break a server of ADAPTER: overload, hot swap, fuzz, soak
+	@$(BIN)/python -m dalorra_core.base_models fetch
+	@$(BIN)/python -m benchmarks.serving --adapter $(ADAPTER) --minutes $(SOAK_MINUTES) \
+	  --results $(SOAK_RESULTS)
 
 lint: $(STAMPS)/dev  ## Check style, formatting and the import contracts
 	@$(BIN)/ruff check .

@@ -1,0 +1,101 @@
+"""The load programs of benchmarks/serving in small, on the paced fake engine: ratios only.
+
+``make soak`` runs them in full.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serving import fuzz, hot_swap, overload, soak, targets
+
+pytestmark = pytest.mark.integration
+
+PACE = "4000"  # padded tokens times samples a second: some hundred requests
+
+
+def verdicts(path: Path) -> dict[str, Any]:
+    """Return what was found by the verdict's name."""
+    found = json.loads(path.read_text())
+    return {verdict["name"]: verdict for verdict in found["verdicts"]}
+
+
+def test_ten_times_the_capacity_loses_nobody(tmp_path: Path) -> None:
+    output = tmp_path / "overload.json"
+    options = f"--fake {PACE} --seconds 3 --capacity-seconds 0.8 --clients 8 --deadline-ms 4000"
+    overload.main([*options.split(), "--output", str(output)])
+    found = verdicts(output)
+    for name in (
+        "requests without an answer",
+        "answers other than 200, 429, 503, 504",
+        "share of 429s with Retry-After",
+        "p99 of accepted requests, s",
+    ):
+        assert found[name]["passed"], found[name]
+    answers = json.loads(output.read_text())["answers"]
+    assert answers["429"] > answers["200"] > 0
+    assert found["throughput / peak"]["found"] > 0.5  # a busy machine may take its share
+
+
+def test_an_adapter_is_replaced_under_traffic_without_a_failed_or_wrong_answer(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "hot-swap.json"
+    hot_swap.main(["--fake", "--cycles", "6", "--clients", "3", "--output", str(output)])
+    found = verdicts(output)
+    for name in ("cycles", "failed requests", "wrong-revision answers"):
+        assert found[name]["passed"], json.loads(output.read_text())
+    assert len(json.loads(output.read_text())["revisions"]) == 2
+
+
+def test_a_revision_counts_only_while_it_was_published() -> None:
+    """The judge of the hot swap can tell a wrong answer: it is no test that cannot fail."""
+    published = hot_swap.Published()
+    published.allow("name", "old")
+    published.end("name", "old")
+    published.allow("name", "new")
+    (old,), (new,) = published.spans["name"].values()
+    before, during, after = ((at_s, 0.0) for at_s in (old[0] - 1, old[0], new[0] + 1))
+
+    def fits(revision: str, sent: tuple[float, float]) -> bool:
+        return published.fits("name", revision, hot_swap.Reply(200, *sent))
+
+    assert not fits("old", before)
+    assert fits("old", during)
+    assert not fits("old", after)
+    assert fits("new", after)
+    assert not fits("new", before)
+
+
+def test_steady_load_keeps_no_objects(tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
+    options = f"--fake {PACE} --minutes 0.03 --load 0.5 --capacity-seconds 0.6 --clients 4"
+    soak.main([*options.split(), "--objects", "250", "--output", str(output)])
+    found = verdicts(output)
+    for name in ("failed requests", "more open files", "objects kept per request"):
+        assert found[name]["passed"], found[name]
+
+
+def test_the_targets_are_measured(tmp_path: Path) -> None:
+    output = tmp_path / "targets.json"
+    options = f"--fake {PACE} --block-rows 24 --clients 8 --repeats 1 --single 5 --starts 0"
+    targets.main([*options.split(), "--idle-seconds", "0.2", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found["added_latency"]["p50_ms"] > 0
+    assert found["rates"]["server_rows_per_s"][0] > 0
+    assert set(verdicts(output)) == {
+        "added latency p50, ms",
+        "start to ready, s",
+        "idle CPU, %",
+    }
+
+
+def test_the_fuzzer_reports_cases_and_failures(tmp_path: Path) -> None:
+    output = tmp_path / "fuzz.json"
+    options = ["--cases", "300", "--seed", "9", "--only", "traceparent"]
+    assert fuzz.main([*options, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert sum(target["cases"] for target in found["targets"].values()) >= 300
+    assert all(target["num_failures"] == 0 for target in found["targets"].values())
