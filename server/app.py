@@ -88,9 +88,11 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
     )
     app.state.service = service
     app.state.tracing = make_tracing(settings)
+    keys = make_key_ring(settings, service.telemetry)
     app.add_middleware(
         Doors,
-        keys=make_key_ring(settings, service.telemetry),
+        keys=keys,
+        local_only=keys is None and not settings.allow_unauthenticated,
         telemetry=service.telemetry,
         error_base=settings.error_base,
     )

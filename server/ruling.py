@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from server.decision import Verdict, decide, missing_score, strictest
 from server.errors import ApiError
+from server.lookup import find_policy, quoted
 from server.ports import AdapterCard, Policy, RowScores, Sampling, UncertifiedTarget
-from server.registry import find_policy, quoted
 from server.schemas.policies import NamedPolicy, PolicyForm, RiskPolicy, ThresholdPolicy
 
 __all__ = ["INLINE", "Ruling", "check_applicable", "choose_policy", "rule"]

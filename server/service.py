@@ -195,7 +195,7 @@ class Service:
     async def _ask_shadow(self, model: str, request: ClassifyRequest) -> Compared:
         """Answer a request once more with another adapter, when nothing better is to be done."""
         timeout_s = self.settings.request_timeout_s
-        with self.admission.enter("batch") as permit:
+        with self.admission.enter("batch", timeout_s) as permit:
             terms = _Terms(permit, time.monotonic() + timeout_s, "batch", Progress())
             async with (
                 asyncio.timeout(timeout_s),

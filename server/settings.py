@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     )
     allow_unauthenticated: bool = Field(
         default=False,
-        description="Listen on other addresses than loopback although there are no API keys.",
+        description="Without API keys, listen on other addresses than loopback, under any name.",
     )
 
     # the socket and the process

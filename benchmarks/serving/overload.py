@@ -37,13 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--factor", type=float, default=10.0)
-    parser.add_argument("--deadline-ms", type=int, default=10_000, help="of every request")
+    parser.add_argument("--deadline-ms", type=int, default=8000, help="of every request")
     parser.add_argument("--clients", type=int, nargs="+", default=[8, 16], help="for the capacity")
     parser.add_argument("--capacity-seconds", type=float, default=15.0)
     add_options(parser)
     options = parser.parse_args(arguments)
-    # a queue that the engine works off in some seconds; a longer one could only meet no deadline
-    subject = subject_of(options, max_requests=16)
+    subject = subject_of(options)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with serving(subject.command, log, environment=subject.environment) as server:

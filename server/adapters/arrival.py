@@ -9,8 +9,8 @@ from server.adapters.saved import SavedState
 from server.adapters.slots import Slot
 from server.adapters.sources import AdapterRoot
 from server.errors import ApiError
+from server.lookup import require_policy
 from server.ports import AdapterCard, AdapterLoadError, Engine
-from server.registry import require_policy
 
 __all__ = ["Arrival"]
 

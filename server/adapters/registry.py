@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from server.adapters.aliases import Alias
 from server.adapters.slots import Slot
 from server.errors import ApiError
+from server.lookup import close_names, quoted
 from server.ports import AdapterCard
-from server.registry import close_names, quoted
 
 __all__ = ["AdapterRegistry"]
 

@@ -14,8 +14,8 @@ from server.adapters.faults import load_problem
 from server.adapters.registry import AdapterRegistry
 from server.adapters.slots import Slot
 from server.errors import ApiError
+from server.lookup import require_policy
 from server.ports import AdapterCard, AdapterLoadError, Engine
-from server.registry import require_policy
 from server.telemetry import Telemetry
 
 __all__ = ["Residency"]

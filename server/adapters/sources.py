@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from server.errors import ApiError
-from server.registry import close_names, quoted
+from server.lookup import close_names, quoted
 
 __all__ = ["NAME_PATTERN", "AdapterRoot"]
 

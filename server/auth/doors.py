@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth.exposure import names_loopback
 from server.auth.keys import ApiKey
 from server.auth.rate import Allowance
 from server.auth.ring import KeyRing
@@ -32,15 +33,23 @@ class Doors:
     Args:
         app: What is behind the doors.
         keys: The keys in force; None when there are none.
+        local_only: Without keys, refuse whoever calls this machine by another name than loopback's.
         telemetry: Counts who is refused.
         error_base: Prefix of the ``type`` of every error.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing | None, telemetry: Telemetry, error_base: str
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing | None,
+        local_only: bool,
+        telemetry: Telemetry,
+        error_base: str,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._local_only = local_only
         self._telemetry = telemetry
         self._error_base = error_base
 
@@ -49,11 +58,11 @@ class Doors:
         if scope["type"] == "websocket":  # no route has one, so none can be reached by one
             await send({"type": "websocket.close", "code": 1008})
             return
-        if scope["type"] != "http" or self._keys is None or is_public(scope["path"]):
+        if scope["type"] != "http" or is_public(scope["path"]):
             await self._app(scope, receive, send)
             return
         try:
-            allowance = self._admit(self._keys, scope)
+            allowance = self._admit(scope)
         except ApiError as error:
             await self._refuse(scope, error)(scope, receive, send)
             return
@@ -61,7 +70,19 @@ class Doors:
             send = _marked(send, allowance)
         await self._app(scope, receive, send)
 
-    def _admit(self, keys: KeyRing, scope: Scope) -> Allowance | None:
+    def _admit(self, scope: Scope) -> Allowance | None:
+        if self._keys is not None:
+            return self._admit_by_key(self._keys, scope)
+        if self._local_only and not names_loopback(_values(scope, b"host")):
+            self._telemetry.rejected("auth")
+            raise ApiError(
+                "bad_host",
+                "without API keys this server answers to localhost, 127.0.0.1 and [::1] only; set "
+                "api_keys_file, or allow_unauthenticated",
+            )
+        return None
+
+    def _admit_by_key(self, keys: KeyRing, scope: Scope) -> Allowance | None:
         key = self._authenticate(keys, scope)
         scope["dalorra.caller"] = key.id
         note_exchange("caller", key.id)
@@ -78,7 +99,7 @@ class Doors:
         return allowance
 
     def _authenticate(self, keys: KeyRing, scope: Scope) -> ApiKey:
-        presented = [value for name, value in scope["headers"] if name == b"authorization"]
+        presented = _values(scope, b"authorization")
         try:
             if not presented:
                 raise _unauthorized("this route needs an API key: Authorization: Bearer KEY")
@@ -102,9 +123,13 @@ class Doors:
         )
 
 
-def _bearer(presented: list[bytes]) -> str:
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def _bearer(presented: list[str]) -> str:
     """Return the key in the one Authorization header that there must be."""
-    scheme, _, key = presented[0].decode("latin-1").strip().partition(" ")
+    scheme, _, key = presented[0].strip().partition(" ")
     key = key.strip()
     if len(presented) > 1 or scheme.lower() != "bearer" or not 1 <= len(key) <= _MAX_KEY_CHARS:
         raise _unauthorized("the Authorization header must be: Bearer KEY")

@@ -3,6 +3,8 @@
 A request first takes a permit (nothing is spent yet), then reserves its rows once they are known,
 then its tokens once they are counted. A full queue is refused at the earliest step that can tell.
 Work of priority ``batch`` may hold a share of each bound only, so that interactive work finds room.
+Whoever would spend most of its deadline in the queue is refused as well: an answer that comes too
+late has cost as much as one in time.
 Used from the event loop, but for ``observe_speed``, so there is no lock.
 """
 
@@ -16,6 +18,7 @@ from server.ports import Priority
 __all__ = ["Admission", "AdmissionLimits", "Permit", "QueueFullError"]
 
 Resource = Literal["requests", "rows", "tokens"]
+MAX_WAIT = 0.5  # share of a deadline that the work inside may take before its own begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +55,16 @@ class QueueFullError(Exception):
     """There is no room now.
 
     Attributes:
-        resource: Which bound was reached.
-        limit: Its value for work of this priority.
+        resource: Which bound was reached; ``seconds`` of waiting is one of them.
+        limit: Its value for this request.
         retry_after_s: Seconds after which the work now inside should be done, at least 1.
     """
 
     def __init__(
-        self, resource: Resource, limit: int, retry_after_s: int, priority: Priority = "interactive"
+        self, detail: str, resource: Resource | Literal["seconds"], limit: float, retry_after_s: int
     ) -> None:
-        kind = " of priority batch" if priority == "batch" else ""
-        super().__init__(f"the queue is full: at most {limit} {resource}{kind} at a time")
-        self.resource: Resource = resource
+        super().__init__(f"the queue is full: {detail}")
+        self.resource: Resource | Literal["seconds"] = resource
         self.limit = limit
         self.retry_after_s = retry_after_s
 
@@ -80,6 +82,7 @@ class Admission:
         self._without_rows = 0
         self._rows_without_tokens = 0
         self._tokens_per_s: float | None = None
+        self._best_tokens_per_s = 0.0
         self._rows_per_request = 0.0
         self._tokens_per_row = 0.0
 
@@ -98,14 +101,20 @@ class Admission:
         """Padded tokens times samples of all rows inside that are counted."""
         return self._total("tokens")
 
-    def enter(self, priority: Priority = "interactive") -> "Permit":
+    def enter(self, priority: Priority = "interactive", patience_s: float = math.inf) -> "Permit":
         """Return a permit for one more request.
 
+        Args:
+            priority: Whose bounds hold.
+            patience_s: Time until its deadline, in seconds.
+
         Raises:
-            QueueFullError: One of the three bounds is reached already.
+            QueueFullError: One of the three bounds is reached already, or the work ahead takes more
+                than half of that time.
         """
         for resource in ("requests", "rows", "tokens"):
             self._check(resource, 1, priority)
+        self._check_wait(priority, patience_s)
         self._inside["requests"][priority] += 1
         self._without_rows += 1
         return Permit(self, priority)
@@ -145,6 +154,8 @@ class Admission:
         speed = num_tokens / max(duration_s, 1e-6)
         known = self._tokens_per_s
         self._tokens_per_s = speed if known is None else _follow(known, speed)
+        # small batches are slow per token, and say little about a full queue
+        self._best_tokens_per_s = max(speed, 0.99 * self._best_tokens_per_s)
 
     def retry_after_s(self) -> int:
         """Return the whole seconds until the work now inside should be done, at least 1.
@@ -155,10 +166,25 @@ class Admission:
         """
         if not self._tokens_per_s:
             return 1
-        rows = self._rows_without_tokens + self._without_rows * self._rows_per_request
-        tokens = self.num_tokens + rows * self._tokens_per_row
-        seconds = math.ceil(tokens / self._tokens_per_s)
+        seconds = math.ceil((self.num_tokens + self._uncounted_tokens()) / self._tokens_per_s)
         return min(max(seconds, 1), self.limits.max_retry_after_s)
+
+    def _uncounted_tokens(self) -> float:
+        """Return the tokens of what is not counted yet, taken for average."""
+        rows = self._rows_without_tokens + self._without_rows * self._rows_per_request
+        return rows * self._tokens_per_row
+
+    def _check_wait(self, priority: Priority, patience_s: float) -> None:
+        if not self._best_tokens_per_s:
+            return
+        ahead = dict(self._inside["tokens"])
+        if priority == "interactive":  # which overtakes the others
+            del ahead["batch"]
+        wait_s = (sum(ahead.values()) + self._uncounted_tokens()) / self._best_tokens_per_s
+        limit_s = MAX_WAIT * patience_s
+        if wait_s > limit_s:
+            detail = f"the work ahead takes {wait_s:.1f} s, more than half of the deadline"
+            raise QueueFullError(detail, "seconds", round(limit_s, 3), self.retry_after_s())
 
     def _total(self, resource: Resource) -> int:
         return sum(self._inside[resource].values())
@@ -168,13 +194,14 @@ class Admission:
         total = self._total(resource)
         if not total:
             return
-        limits = self.limits
-        if total + amount > limits.bound(resource, "interactive"):
-            limit = limits.bound(resource, "interactive")
-            raise QueueFullError(resource, limit, self.retry_after_s())
-        limit = limits.bound(resource, priority)
+        limit = self.limits.bound(resource, "interactive")
+        if total + amount > limit:
+            detail = f"at most {limit} {resource} at a time"
+            raise QueueFullError(detail, resource, limit, self.retry_after_s())
+        limit = self.limits.bound(resource, priority)
         if priority == "batch" and self._inside[resource]["batch"] + amount > limit:
-            raise QueueFullError(resource, limit, self.retry_after_s(), priority)
+            detail = f"at most {limit} {resource} of priority batch at a time"
+            raise QueueFullError(detail, resource, limit, self.retry_after_s())
 
 
 class Permit:

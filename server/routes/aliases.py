@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.adapters import NAME_PATTERN, Alias, ShadowTarget, Target
 from server.errors import ApiError
-from server.registry import quoted
+from server.lookup import quoted
 from server.routes.bodies import read_document
 from server.routes.documents import error_documents, json_body
 from server.schemas import AliasEntry, AliasList, AliasRequest, Removed

@@ -43,7 +43,7 @@ def add_door_errors(document: dict[str, Any]) -> None:
         schema: Literal["Problem", "OipProblem"] = (
             "OipProblem" if path.startswith("/v2") else "Problem"
         )
-        statuses = (500,) if path in PUBLIC_PATHS else (401, 403, 429, 500)
+        statuses = (500,) if path in PUBLIC_PATHS else (401, 403, 421, 429, 500)
         for operation in item.values():
             if path in SCOPES:
                 operation["security"] = [{"apiKey": [SCOPES[path]]}, {}]

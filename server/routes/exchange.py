@@ -106,12 +106,13 @@ async def _run(
     progress = Progress()
     try:
         with ExitStack() as place:
-            permit = place.enter_context(service.admission.enter(priority))
+            patience_s = deadline_s - time.monotonic()
+            permit = place.enter_context(service.admission.enter(priority, patience_s))
             parsed = parse(await read_body(request, service.settings), service.settings)
             if priority == "interactive" and parsed.asked_priority == "batch":
                 place.close()  # and take a place among those that can wait
                 priority = "batch"
-                permit = place.enter_context(service.admission.enter(priority))
+                permit = place.enter_context(service.admission.enter(priority, patience_s))
             _log(request, rows=len(parsed.items))
             work = service.classify(parsed, permit, deadline_s, progress, priority)
             outcome = await _while_connected(request, work)

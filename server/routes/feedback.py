@@ -15,10 +15,10 @@ from server.feedback import (
     FeedbackUnavailableError,
     PredictionClaim,
 )
+from server.lookup import close_names, quoted
 from server.middleware import arrival_s
 from server.parsing import check_body_headers, parse_document, read_body
 from server.ports import AdapterCard
-from server.registry import close_names, quoted
 from server.routes.documents import error_documents
 from server.ruling import INLINE
 from server.schemas import FeedbackRequest, FeedbackResponse

@@ -56,7 +56,7 @@ async def served(
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://dalorra") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         await app.state.service.lifecycle.loaded()
         yield client, engine, app

@@ -312,7 +312,7 @@ def test_an_alias_has_a_name_and_its_own_half(tmp_path: Path, alias: str) -> Non
     @async_test
     async def run() -> None:
         async with serving(tmp_path) as api:
-            path = httpx.URL("http://dalorra/v1/aliases/").copy_with(
+            path = httpx.URL("http://localhost/v1/aliases/").copy_with(
                 raw_path=f"/v1/aliases/{alias.replace(' ', '%20')}".encode()
             )
             refused = await api.client.put(path, json={"targets": [{"model": "quiz"}]})

@@ -136,7 +136,7 @@ async def test_no_spelling_of_a_path_gets_past_its_scope() -> None:
         async with running(api_keys_file=path) as api:
             for target in SPELLINGS:
                 for method in ("GET", "POST"):
-                    url = httpx.URL("http://dalorra/").copy_with(raw_path=target.encode())
+                    url = httpx.URL("http://localhost/").copy_with(raw_path=target.encode())
                     assert is_refused(await api.client.request(method, url)), target
                     known = bearer(keys["infer"])
                     answer = await api.client.request(method, url, headers=known)
@@ -403,3 +403,17 @@ async def test_a_websocket_is_closed_before_it_opens() -> None:
         scope = {"type": "websocket", "path": "/v1/classify", "headers": []}
         await api.app(scope, receive, send)
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+@async_test
+async def test_without_keys_a_page_that_rebinds_its_name_is_refused() -> None:
+    async with running() as api:
+        page = {"Host": "evil.example:8000"}
+        refused = await api.client.post("/v1/classify", json={"input": "hi"}, headers=page)
+        assert (refused.status_code, refused.json()["code"]) == (421, "bad_host")
+        assert api.engine.batches == []
+        assert (await api.client.get("/health/ready", headers=page)).status_code == 200
+        await api.check_healthy()
+    async with running(allow_unauthenticated=True) as api:
+        answered = await api.client.post("/v1/classify", json={"input": "hi"}, headers=page)
+        assert answered.status_code == 200

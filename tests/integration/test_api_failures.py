@@ -155,7 +155,7 @@ class Client:
             "raw_path": b"/v1/classify",
             "root_path": "",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"dalorra")],
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }

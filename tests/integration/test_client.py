@@ -44,7 +44,7 @@ both = pytest.mark.parametrize("driver", DRIVERS, ids=lambda driver: driver.__na
 
 @contextlib.asynccontextmanager
 async def asking(api: Api, driver: Driver, **arguments: Any) -> AsyncIterator[Calls]:
-    arguments = {"url": "http://dalorra", "retries": SOON, **arguments}
+    arguments = {"url": "http://localhost", "retries": SOON, **arguments}
     async with driver(httpx.ASGITransport(api.app), **arguments) as client:
         yield client
 
@@ -228,7 +228,7 @@ async def test_a_server_that_is_about_to_stop_hands_over_to_another(driver: Driv
     async with running() as stopping, running() as other:
         await stopping.service.lifecycle.stop()
         balancer = OneAfterAnother(stopping.app, other.app)
-        async with driver(balancer, url="http://dalorra", retries=SOON) as client:
+        async with driver(balancer, url="http://localhost", retries=SOON) as client:
             answer = await client.classify(SURE)
         assert answer.rows[0].decision == "accept"
         assert balancer.used == 2

@@ -86,7 +86,7 @@ async def ask(adapter: Path, *bodies: dict[str, Any]) -> list[httpx.Response]:
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://dalorra") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         await app.state.service.lifecycle.loaded()
         assert app.state.service.lifecycle.failure is None

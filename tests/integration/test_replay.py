@@ -63,7 +63,7 @@ async def answered(
     async with (
         fastapi_app.router.lifespan_context(fastapi_app),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(fastapi_app), base_url="http://dalorra"
+            transport=httpx.ASGITransport(fastapi_app), base_url="http://localhost"
         ) as client,
     ):
         await fastapi_app.state.service.lifecycle.loaded()

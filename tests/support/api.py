@@ -114,7 +114,7 @@ async def running(
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://dalorra") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         api = Api(app, engine, client)
         if wait:

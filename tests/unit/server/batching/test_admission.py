@@ -180,3 +180,51 @@ def test_a_request_that_leaves_before_it_was_counted_leaves_nothing_behind() -> 
         known.reserve_rows(1)
         known.reserve_tokens(500)
         assert admission.retry_after_s() == 5
+
+
+def test_whoever_would_wait_for_most_of_its_deadline_is_refused() -> None:
+    admission = make(requests=9, rows=99, tokens=9999)
+    admission.observe_speed(100, duration_s=1.0)
+    with admission.enter("interactive", 10.0) as first:
+        first.reserve_rows(1)
+        first.reserve_tokens(400)  # 4 s
+        with admission.enter("interactive", 8.0):
+            pass
+        with pytest.raises(QueueFullError, match="more than half of the deadline") as caught:
+            admission.enter("interactive", 7.9)
+        assert (caught.value.resource, caught.value.limit) == ("seconds", 3.95)
+        assert caught.value.retry_after_s == 4
+    with admission.enter("interactive", 0.001):  # an empty server lets everyone try
+        pass
+
+
+def test_only_interactive_work_is_ahead_of_an_interactive_request() -> None:
+    admission = make(requests=9, rows=99, tokens=9999)
+    admission.observe_speed(100, duration_s=1.0)
+    with admission.enter("batch", 60.0) as slow:
+        slow.reserve_rows(1)
+        slow.reserve_tokens(2000)
+        with admission.enter("interactive", 1.0):
+            pass
+        with pytest.raises(QueueFullError):
+            admission.enter("batch", 30.0)
+
+
+def test_one_slow_batch_refuses_nobody() -> None:
+    admission = make(requests=9, rows=99, tokens=9999)
+    admission.observe_speed(1000, duration_s=1.0)
+    admission.observe_speed(1, duration_s=1.0)  # a single short row says little about a full queue
+    with admission.enter() as first:
+        first.reserve_rows(1)
+        first.reserve_tokens(3000)
+        with admission.enter("interactive", 7.0):
+            pass
+
+
+def test_before_the_first_batch_nobody_knows_how_long_it_takes() -> None:
+    admission = make(requests=9, rows=99, tokens=9999)
+    with admission.enter() as first:
+        first.reserve_rows(1)
+        first.reserve_tokens(9000)
+        with admission.enter("interactive", 0.001):
+            pass
