@@ -182,6 +182,7 @@ def _limits(engine: Engine, settings: Settings) -> BatchLimits:
     return BatchLimits(
         max_rows=1 if settings.deterministic else settings.max_batch_rows,
         max_tokens=settings.max_batch_tokens or engine.preferred_batch_tokens,
+        max_padding=engine.worthwhile_padding,
         wait_s=settings.batch_wait_ms / 1000,
         mix_adapters=engine.mixes_adapters,
         priority_delay_s=settings.batch_priority_delay_ms / 1000,

@@ -33,7 +33,7 @@ class BatchLimits:
         max_rows: Rows, at least 1.
         max_tokens: Padded tokens times samples. A single row may exceed it, and then runs alone.
         max_padding: Largest share of padding a row may cause by joining, in [0, 1]; a row of very
-            different length waits for the next batch instead. Two tokens more or less never count.
+            different length waits for a later batch instead.
         wait_s: How long the oldest row waits for company while the engine is idle, in seconds.
         mix_adapters: Whether rows of different adapters or seeds may share a batch when they take
             equally many passes; otherwise all keys of a batch are equal.
@@ -162,14 +162,14 @@ def padded_tokens(rows: Sequence[Pending]) -> int:
 
 
 def _matches(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:
-    """Whether a row may share the batch at all: it runs alike, and is not mostly padding."""
+    """Whether a row may share the batch at all: it runs alike, and wastes little on padding."""
     if not rows:
         return True
     if not _alike(rows[0], pending, limits):
         return False
     joined = [*rows, pending]
     padding = padded_tokens(joined) - sum(row.num_tokens for row in joined)
-    return padding <= max(limits.max_padding * padded_tokens(joined), 2 * len(joined))
+    return padding <= limits.max_padding * padded_tokens(joined)
 
 
 def _alike(leader: Pending, pending: Pending, limits: BatchLimits) -> bool:

@@ -35,6 +35,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def worthwhile_padding(self) -> float:
+        """Share of padding in a batch above which two batches are cheaper here, in [0, 1]."""
+        ...
+
+    @property
     def mixes_adapters(self) -> bool:
         """Whether one batch may hold rows of different adapters and seeds with equal ``passes``."""
         ...

@@ -243,6 +243,10 @@ class FakeEngine:
         return self._first
 
     @property
+    def worthwhile_padding(self) -> float:
+        return 0.5
+
+    @property
     def mixes_adapters(self) -> bool:
         return self.mixes
 
