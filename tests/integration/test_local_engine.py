@@ -205,3 +205,8 @@ def test_the_card_names_the_base_without_its_path(text_adapter: Path) -> None:
     engine.close()
     with pytest.raises(EngineStoppedError, match="before load"):
         engine.encode(card.key, TextQuestion("x"), "none")
+
+
+def test_padding_is_dear_on_a_cpu(text_adapter: Path) -> None:
+    engine = LocalEngine([text_adapter], base=str(base_of(text_adapter)), device="cpu")
+    assert engine.worthwhile_padding == 0.1
