@@ -1,9 +1,9 @@
 """Ten times the load a server can carry: nobody is lost, nothing grows, and it recovers.
 
-The server runs in a process of its own. Its capacity is measured closed-loop, before and after, since
-a shared machine is not equally fast all the time; in between requests arrive as a Poisson process at
-a multiple of it, whatever comes back. Clients would be other machines, so
-here they get what the server leaves of this one: they run at the lowest priority.
+The server runs in a process of its own. Its capacity is measured closed-loop, before and after,
+since a shared machine is not equally fast all the time; in between requests arrive as a Poisson
+process at a multiple of it, whatever comes back. Clients would be other machines, so here they get
+what the server leaves of this one: they run at the lowest priority.
 
     python -m benchmarks.serving.overload --seconds 120 --factor 10 --output overload.json
 """
