@@ -45,8 +45,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY dalorra ./dalorra
 COPY dalorra_core ./dalorra_core
 COPY server ./server
-# With the driver for feedback in PostgreSQL.
-RUN pip install -c constraints.txt '.[postgresql]'
+# With what settings may ask for: feedback in PostgreSQL, signed adapters, traces.
+RUN pip install -c constraints.txt '.[postgresql,sign,otel]'
 
 # --- what runs -----------------------------------------------------------------------------------
 # hadolint ignore=DL3006
