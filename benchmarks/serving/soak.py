@@ -48,13 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     add_options(parser)
     options = parser.parse_args(arguments)
     subject = subject_of(options)
+    # first, since it is short: nothing may fail after the long part
+    objects = asyncio.run(object_growth(options.objects)) if options.objects else None
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         with serving(subject.command, log, environment=subject.environment) as server:
             found = asyncio.run(soak(server, subject, options))
     found["subject"] = subject.says
-    if options.objects:
-        found["objects"] = asyncio.run(object_growth(options.objects))
+    if objects is not None:
+        found["objects"] = objects
     return conclude("soak", found, judge(found), options.output)
 
 
@@ -140,7 +142,7 @@ async def object_growth(requests: int, rounds: int = 5) -> dict[str, float]:
     counts = []
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://dalorra") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         await app.state.service.lifecycle.loaded()
         for number in range(rounds + 1):
