@@ -3,6 +3,7 @@
 Two databases: SQLite, embedded, the default; PostgreSQL by URL.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
 from server.feedback.errors import FeedbackSetupError
 
@@ -35,6 +42,8 @@ __all__ = ["FEEDBACK", "POOL_SIZE", "SCHEMA_VERSION", "open_database", "reason_o
 SCHEMA_VERSION = 1
 WAIT_S = 5  # for a lock, a connection or a statement; a waiting request holds a thread
 POOL_SIZE = 5
+_LOCKED = "database is locked"
+_LOCKED_PAUSE_S = 0.02
 _SCHEMA_LOCK = 0x64616C6F727261  # "dalorra": the number of PostgreSQL's advisory lock
 _METADATA = MetaData()
 
@@ -81,13 +90,30 @@ def open_database(url_text: str) -> Engine:
     url = _checked(url_text)
     engine = _sqlite(url) if url.get_backend_name() == "sqlite" else _postgresql(url)
     try:
-        with engine.begin() as connection:
-            _make_schema(connection)
+        _prepare(engine)
     except SQLAlchemyError as error:
         raise _unusable(url, reason_of(error)) from None
     finally:
         engine.dispose()  # the connections that requests use are made by the threads that serve
     return engine
+
+
+def _prepare(engine: Engine) -> None:
+    """Make the schema; wait for others who start at this moment.
+
+    SQLite waits for a lock by itself, but not while it switches a new file to WAL mode.
+    """
+    until_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            with engine.begin() as connection:
+                _make_schema(connection)
+        except OperationalError as error:
+            if reason_of(error) != _LOCKED or time.monotonic() >= until_s:
+                raise
+            time.sleep(_LOCKED_PAUSE_S)
+        else:
+            return
 
 
 def shown_url(url: URL) -> str:
