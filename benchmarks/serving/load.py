@@ -38,10 +38,10 @@ _WORDS = (
 
 
 def made_texts(count: int, seed: int = 0, words: tuple[int, int] = (4, 16)) -> list[str]:
-    """Return made-up questions, all different, of some ten words each."""
+    """Return made-up questions, all different, of some ten words and four digits each."""
     draw = random.Random(seed)  # noqa: S311 - no secret
     return [
-        " ".join(draw.choices(_WORDS, k=draw.randint(*words))) + f" {number}"
+        " ".join(draw.choices(_WORDS, k=draw.randint(*words))) + f" {number:04d}"
         for number in range(count)
     ]
 

@@ -78,7 +78,7 @@ async def overload(
     ended_s = began_s + options.seconds
     recovery = await recovered(wire, subject, peak["p50_s"], ended_s)
     watching.cancel()
-    admitted = await patient
+    patient_replies, admitted = await patient
     last = await _last_refused(wire, subject, headers, options)
     after = await capacity(
         wire, subject.body, clients=options.clients, seconds=options.capacity_seconds
@@ -95,7 +95,7 @@ async def overload(
         "other_statuses": sum(r.status not in _ANSWERS and r.status != LOST for r in replies),
         "refused_with_advice": _advised(replies),
         "latency": _latency(replies),
-        "answered_per_s": _throughput(replies, began_s, ended_s),
+        "answered_per_s": _throughput([*replies, *patient_replies], began_s, ended_s),
         "memory_mb": _memory(samples, began_s, ended_s),
         "recovery": recovery,
         "came_back_after_retry_after_under_load": admitted,
@@ -153,22 +153,25 @@ async def recovered(
 
 async def _patient_clients(
     wire: Wire, subject: Subject, headers: dict[str, str], seconds: float
-) -> dict[str, float]:
+) -> tuple[list[Reply], dict[str, float]]:
     """Let some clients heed Retry-After while others do not; they compete with the crowd."""
+    replies: list[Reply] = []
     tries = came_back = 0
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s and tries < _PATIENT:
         reply = await wire.ask("POST", "/v1/classify", subject.body(tries), headers)
+        replies.append(reply)
         if reply.status == 429:  # noqa: PLR2004
             wait_s = float(reply.headers["retry-after"])
             if time.monotonic() + wait_s > end_s:
                 break
             await asyncio.sleep(wait_s)
             again = await wire.ask("POST", "/v1/classify", subject.body(tries), headers)
+            replies.append(again)
             tries += 1
             came_back += again.status == OK
         await asyncio.sleep(seconds / (4 * _PATIENT))
-    return {"refused": tries, "admitted_next_time": came_back}
+    return replies, {"refused": tries, "admitted_next_time": came_back}
 
 
 async def _last_refused(
