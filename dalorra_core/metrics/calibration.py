@@ -16,6 +16,7 @@ __all__ = [
     "NoiseFloor",
     "ReliabilityBins",
     "adaptive_ece",
+    "bin_index",
     "brier",
     "classwise_ece",
     "ece",
@@ -60,6 +61,31 @@ class NoiseFloor:
     std: float
 
 
+def bin_index(
+    confidence: Float[Tensor, " n"], num_bins: int
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " K_plus_1"]]:
+    """Return the bin of each confidence and the lower edges of the K + 1 bins.
+
+    Both sides are rounded to float32, as in torchmetrics: an edge such as 1/15 is not the same
+    number in two precisions, and a value written as the edge must land on it.
+
+    Args:
+        confidence: Probabilities, shape (n,), in [0, 1], n >= 1.
+        num_bins: K, at least 1.
+
+    Returns:
+        Bin indices, shape (n,), in [0, K]; and the edges, shape (K + 1,), the last one 1.0.
+
+    Raises:
+        ConfigError: If ``num_bins`` is less than 1.
+        ValueError: If there are no examples or a confidence is outside [0, 1] or NaN.
+    """
+    _check_bins(num_bins)
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
+    index = torch.bucketize(_checked_probs(confidence).float(), edges, right=True) - 1
+    return index, edges
+
+
 def reliability_bins(
     confidence: Float[Tensor, " n"], correct: Bool[Tensor, " n"], num_bins: int = 15
 ) -> ReliabilityBins:
@@ -77,7 +103,7 @@ def reliability_bins(
         ConfigError: If ``num_bins`` is less than 1.
         ValueError: If there are no examples or a confidence is outside [0, 1] or NaN.
     """
-    index, lower = _bin_index(confidence, num_bins)  # (n,), (K + 1,)
+    index, lower = bin_index(confidence, num_bins)  # (n,), (K + 1,)
     count = torch.bincount(index, minlength=num_bins + 1)  # (K + 1,)
     summed = torch.bincount(index, weights=confidence.double(), minlength=num_bins + 1)
     right = torch.bincount(index, weights=correct.double(), minlength=num_bins + 1)
@@ -142,10 +168,13 @@ def classwise_ece(
         Kull et al. 2019, Beyond temperature scaling, eq. (4).
     """
     _check_labels(probs, labels)
-    num_labels = probs.shape[1]
+    rows, num_labels = probs.shape
     hit = torch.nn.functional.one_hot(labels.long(), num_labels).double()  # (n, C)
-    gaps = [_gap(probs[:, c], hit[:, c], num_bins).sum() for c in range(num_labels)]
-    return float(torch.stack(gaps).mean() / len(labels))
+    index, edges = bin_index(probs.flatten(), num_bins)  # (n C,)
+    of_label = torch.arange(num_labels, device=probs.device) * len(edges)  # (C,)
+    slot = index.view(rows, num_labels) + of_label  # (n, C); a bin of its own for each label
+    gap = torch.bincount(slot.flatten(), weights=hit.flatten() - _checked_probs(probs.flatten()))
+    return float(gap.abs().sum() / (rows * num_labels))
 
 
 def adaptive_ece(
@@ -248,7 +277,7 @@ def ece_noise_floor(
     """
     if num_draws < _MIN_DRAWS:
         raise ConfigError(f"num_draws must be at least {_MIN_DRAWS}, got {num_draws}")
-    index, _ = _bin_index(confidence, num_bins)  # (n,)
+    index, _ = bin_index(confidence, num_bins)  # (n,)
     wanted = _checked_probs(confidence)  # (n,)
     draws = torch.empty(num_draws, dtype=torch.float64)
     for draw in range(num_draws):
@@ -264,22 +293,8 @@ def _gap(
     confidence: Float[Tensor, " n"], correct: Float[Tensor, " n"], num_bins: int
 ) -> Float[Tensor, " bins"]:
     """Return |sum of correct - sum of confidence| in each bin that can be reached."""
-    index, _ = _bin_index(confidence, num_bins)
+    index, _ = bin_index(confidence, num_bins)
     return torch.bincount(index, weights=correct - _checked_probs(confidence)).abs()
-
-
-def _bin_index(
-    confidence: Float[Tensor, " n"], num_bins: int
-) -> tuple[Int[Tensor, " n"], Float[Tensor, " K_plus_1"]]:
-    """Return the bin of each confidence and the lower edges of the K + 1 bins.
-
-    Both sides are rounded to float32, as in torchmetrics: an edge such as 1/15 is not the same
-    number in two precisions, and a value written as the edge must land on it.
-    """
-    _check_bins(num_bins)
-    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float32, device=confidence.device)
-    index = torch.bucketize(_checked_probs(confidence).float(), edges, right=True) - 1
-    return index, edges
 
 
 def _checked_probs(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -20,12 +20,11 @@ from dalorra_core.report.plots import (
     histograms,
     reliability_diagram,
     risk_coverage,
+    save_figures,
 )
 from dalorra_core.report.reliability import Reliability, reliability
 
 __all__ = ["check_plotting", "write_report"]
-
-_FORMATS = ("png", "svg")
 
 
 def write_report(
@@ -50,14 +49,7 @@ def write_report(
         "reliability": _reliability(outcome, answered),
         "scores": _histograms(outcome),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        for kind in _FORMATS:
-            path = directory / f"{name}.{kind}"
-            figure.savefig(path, dpi=150)
-            paths.append(path)
-    return paths
+    return save_figures(directory, figures)
 
 
 def _risk_coverage(outcome: CalibrationOutcome, delta: float) -> Any:

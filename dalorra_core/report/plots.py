@@ -5,6 +5,7 @@ Figures are made without pyplot, so that no global state of matplotlib is touche
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +14,21 @@ from dalorra_core.calibration.what_if import CurvePoint
 from dalorra_core.errors import ConfigError
 from dalorra_core.report.reliability import Reliability
 
-__all__ = ["CertifiedPoint", "check_plotting", "histograms", "reliability_diagram", "risk_coverage"]
+__all__ = [
+    "CertifiedPoint",
+    "check_plotting",
+    "histograms",
+    "new_axes",
+    "new_figure",
+    "reliability_diagram",
+    "risk_coverage",
+    "save_figures",
+]
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d1661b", "#2b8a3e", "#8a8f98"
 _BINS = 40
+_FORMATS = ("png", "svg")
+_DIAGRAMS_A_LINE = 3
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,15 @@ class CertifiedPoint:
 
 def check_plotting() -> None:
     """Raise ConfigError where figures cannot be drawn, before anything else is done."""
-    _figure(1, 1)
+    new_figure(1, 1)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
     except ImportError:
@@ -42,12 +59,33 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _axes(figure: Any, place: tuple[int, int, int] = (1, 1, 1)) -> Any:
+def new_axes(figure: Any, place: tuple[int, int, int] = (1, 1, 1)) -> Any:
+    """Return axes in the house look, at (lines, columns, number from 1)."""
     axes = figure.add_subplot(*place)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, color="#e4e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     return axes
+
+
+def save_figures(directory: Path, figures: Mapping[str, Any]) -> list[Path]:
+    """Write figures as PNG and SVG.
+
+    Args:
+        directory: Made if it is not there.
+        figures: File name without ending to figure.
+
+    Returns:
+        The files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for name, figure in figures.items():
+        for kind in _FORMATS:
+            path = directory / f"{name}.{kind}"
+            figure.savefig(path, dpi=150)
+            paths.append(path)
+    return paths
 
 
 def risk_coverage(
@@ -60,8 +98,8 @@ def risk_coverage(
         certified: Policies to mark.
         title: Above the axes.
     """
-    figure = _figure(7.2, 4.6)
-    axes = _axes(figure)
+    figure = new_figure(7.2, 4.6)
+    axes = new_axes(figure)
     for (name, points), color in zip(curves.items(), (_BLUE, _GREY), strict=False):
         x = [100 * p.coverage for p in points]
         axes.plot(x, [100 * p.selective_risk for p in points], color=color, label=name, zorder=3)
@@ -99,10 +137,12 @@ def risk_coverage(
 
 
 def reliability_diagram(diagrams: Mapping[str, Reliability], title: str) -> Any:
-    """Return reliability diagrams side by side, each with the band of a perfect model."""
-    figure = _figure(4.2 * len(diagrams) + 0.4, 4.7)
+    """Return reliability diagrams, three a line, each with the band of a perfect model."""
+    columns = max(1, min(_DIAGRAMS_A_LINE, len(diagrams)))
+    lines = -(-len(diagrams) // columns)
+    figure = new_figure(4.2 * columns + 0.4, 4.4 * lines + 0.3)
     for k, (name, found) in enumerate(diagrams.items(), start=1):
-        axes = _axes(figure, (1, len(diagrams), k))
+        axes = new_axes(figure, (lines, columns, k))
         x = found.confidence.tolist()
         axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls="--")
         heights = (found.high - found.low).tolist()
@@ -125,7 +165,7 @@ def reliability_diagram(diagrams: Mapping[str, Reliability], title: str) -> Any:
             fontsize=9,
             loc="left",
         )
-        axes.legend(loc="upper left", frameon=False, fontsize=8)
+        axes.legend(loc="upper left", fontsize=8, framealpha=0.85, edgecolor="none")
     figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     return figure
 
@@ -142,11 +182,11 @@ def histograms(
     """
     columns = 2 if len(scores) > 1 else 1
     lines = -(-len(scores) // columns)
-    figure = _figure(4.4 * columns, 2.9 * lines + 0.3)
+    figure = new_figure(4.4 * columns, 2.9 * lines + 0.3)
     parts = [("in scope", ~outside, _BLUE)]
     parts += [("out of scope", outside, _ORANGE)] if bool(outside.any()) else []
     for k, (name, values) in enumerate(scores.items(), start=1):
-        axes = _axes(figure, (lines, columns, k))
+        axes = new_axes(figure, (lines, columns, k))
         span = (float(values.min()), float(values.max()))
         for part, chosen, color in parts:
             shown = values[chosen].tolist()

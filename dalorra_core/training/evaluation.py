@@ -18,6 +18,7 @@ from dalorra_core.metrics.calibration import (
     ece_noise_floor,
     nll,
 )
+from dalorra_core.metrics.scored import detection_scores
 from dalorra_core.metrics.selective import augrc, aurc, auroc
 from dalorra_core.metrics.uncertainty import UncertaintySummary, log_mean_probs, summarise
 
@@ -48,7 +49,8 @@ class EvaluationReport:
         num_in_scope: Rows whose label the adapter knows.
         num_out_of_scope: Rows with label -1.
         metrics: Statistic name to estimate; those of calibration and accuracy are over the
-            in-scope rows, ``auroc_oos_*`` over both, higher = better detection.
+            in-scope rows, ``auroc_oos_*`` over both, higher = better detection. An AUROC's
+            interval is NaN where a resample may hold rows of one kind only: fewer than about ten.
         ece_noise_floor: Expected ECE and its sd of a perfectly calibrated model with these
             confidences: gaps below it mean nothing.
     """
@@ -71,15 +73,20 @@ def out_of_scope_scores(summary: UncertaintySummary, *, point: bool) -> dict[str
 
     Args:
         summary: Uncertainty of the rows.
-        point: True for a single function, which has no epistemic part.
+        point: True for a single function: its samples cannot disagree, and the entropies are one.
     """
     scores = {
-        "confidence": -summary.confidence,
+        "confidence": summary.confidence,
         "predictive_entropy": summary.predictive_entropy,
     }
     if not point:
-        scores["mutual_information"] = summary.mutual_information
-    return scores
+        scores |= {
+            "mutual_information": summary.mutual_information,
+            "expected_entropy": summary.expected_entropy,
+            "variation_ratio": summary.variation_ratio,
+            "confidence_std": summary.confidence_std,
+        }
+    return detection_scores(scores)
 
 
 def evaluate(
@@ -118,8 +125,8 @@ def evaluate(
     }
     point = log_probs.shape[0] == 1
     for name, score in out_of_scope_scores(summary, point=point).items():
-        metrics[f"auroc_error_{name}"] = Estimate(
-            auroc(score[inside & ~correct], score[inside & correct])
+        metrics[f"auroc_error_{name}"] = _auroc_estimate(
+            score[inside & ~correct], score[inside & correct], bootstrap_seed, num_resamples
         )
         if bool((~inside).any()):
             metrics[f"auroc_oos_{name}"] = _auroc_estimate(

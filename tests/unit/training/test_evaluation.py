@@ -139,6 +139,12 @@ def test_more_samples_bring_the_epistemic_scores_and_a_seed_the_intervals() -> N
     assert estimate.low is not None
     assert estimate.high is not None
     assert estimate.low < estimate.value < estimate.high
+    for kind in ("error", "oos"):
+        for score in ("confidence", "expected_entropy", "variation_ratio", "confidence_std"):
+            estimate = report.metrics[f"auroc_{kind}_{score}"]
+            assert estimate.low is not None
+            assert estimate.high is not None
+            assert estimate.low < estimate.value < estimate.high
 
 
 def test_an_undefined_statistic_is_null_in_json() -> None:
