@@ -1,39 +1,38 @@
-"""Every setting of a training run, validated, with its domain and its default.
+"""The groups of settings of a training run, validated, each with its domain and its default.
 
 Unknown keys are errors. Each field's description says its unit and effect; the tables of
-docs/training.md are made from them.
+docs/training.md are made from them. The settings of a method stand in the method's own file; the
+whole run is ``training/settings.py``.
 """
 
-import json
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from dalorra_core.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "AdapterConfig",
-    "DalorraConfig",
     "DataConfig",
-    "MethodConfig",
-    "MleConfig",
+    "MethodSettings",
     "OptimConfig",
     "PredictiveConfig",
     "RunConfig",
-    "TrainConfig",
-    "load_config",
+    "Settings",
 ]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Settings(BaseModel, frozen=True):
+    """A group of settings: no unknown key, no change after it was read, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class AdapterConfig(_Settings):
+class MethodSettings(Settings, frozen=True):
+    """What every method's settings have; ``name`` is the method's own, a literal."""
+
+    name: str
+
+
+class AdapterConfig(Settings, frozen=True):
     """Shape and place of the low-rank adapter."""
 
     r: int = Field(default=8, ge=1, le=512, description="Rank of every adapted module.")
@@ -58,54 +57,38 @@ class AdapterConfig(_Settings):
         return self.lora_alpha / self.r
 
 
-class DalorraConfig(_Settings):
-    """DALorRA: variational Bernoulli gates over the ranks of every adapted module."""
-
-    name: Literal["dalorra"] = "dalorra"
-    prior_prob: float = Field(
-        default=0.5, gt=0, lt=1, description="p0: prior and initial keep probability of a rank."
-    )
-    tau: float = Field(
-        default=2 / 3, gt=0, le=5, description="Temperature of the relaxed gates in training."
-    )
-    num_train_samples: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="S: gate draws per optimiser step; log-likelihoods are averaged.",
-    )
-    kl_weight: float = Field(default=1.0, ge=0, description="Factor on the KL; 1 is the ELBO.")
-    kl_scale: Literal["per_example", "unit"] = Field(
-        default="per_example",
-        description="per_example: KL times kl_weight / N (the ELBO); unit: times kl_weight.",
-    )
-    train_masks: Literal["relaxed", "straight_through"] = Field(
-        default="relaxed",
-        description="relaxed: binary-Concrete; straight_through: hard forward, relaxed gradient.",
-    )
-    test_masks: Literal["hard", "relaxed"] = Field(
-        default="hard",
-        description="Gates at prediction: hard Bernoulli draws, or relaxed at tau.",
-    )
-    mask_lr: float = Field(
-        default=1e-2, gt=0, description="Peak learning rate of the gate logits phi."
-    )
-
-
-class MleConfig(_Settings):
-    """MLE: plain LoRA, one deterministic function."""
-
-    name: Literal["mle"] = "mle"
-
-
-MethodConfig = Annotated[DalorraConfig | MleConfig, Field(discriminator="name")]
-
-
-class DataConfig(_Settings):
+class DataConfig(Settings, frozen=True):
     """Where rows come from and how they become prompts."""
 
     source: str = Field(
-        description="Directory with <split>.jsonl, one .jsonl file, or hub:NAME[:CONFIG]."
+        description="Directory with <split>.jsonl, one .jsonl file, hub:NAME[:CONFIG] or task:NAME."
+    )
+    root: str = Field(
+        default="data", description="Of a task: directory with one folder for each data set."
+    )
+    train_rows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        default=None,
+        description="Of a task: training rows, each class in its share; null: the task's own.",
+    )
+    per_class: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of a task: training rows of each class; null: the task's own.",
+    )
+    subset_seed: int = Field(
+        default=0, ge=0, lt=2**64, description="Of a task: picks the rows of a subset."
+    )
+    held_out_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="Of a task without a split to tune on: share of its training rows held out.",
+    )
+    eval_drop_last: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of a task: k leaves out the last n mod k evaluation rows, as published code "
+        "does; null: none.",
     )
     train_split: str = Field(default="train", description="Split to train on.")
     validation_split: str | None = Field(
@@ -122,13 +105,38 @@ class DataConfig(_Settings):
         "multiple choice; null: the default of the data's form.",
     )
     max_tokens: int = Field(default=300, ge=2, description="Longest prompt in tokens.")
-    truncate: Literal["none", "start", "end"] = Field(
-        default="none",
-        description="How a longer training row is cut; none refuses it before training.",
+    truncate: Literal["none", "start", "end"] | None = Field(
+        default=None,
+        description="Side of a longer row that is cut; none refuses it before training; null: the "
+        "task's own, else none.",
+    )
+    softmax: Literal["own_choices", "union"] = Field(
+        default="own_choices",
+        description="Labels that a question's probabilities are over: its own choices, or all "
+        "labels of the training rows, as published.",
+    )
+    label_tokens: Literal["spaced", "bare"] = Field(
+        default="spaced",
+        description="Token of a label: the first free one of its words with a leading space, or "
+        "the last one of the bare label, as published. Single letters are bare in both.",
+    )
+    boolq_label_inverted: bool = Field(
+        default=False,
+        description="Swap the tokens of True and False, as published code does by mistake.",
+    )
+    append_eos: bool = Field(
+        default=False,
+        description="End every prompt with the end-of-text token, as published code does for "
+        "Llama 2 on WinoGrande and BoolQ.",
+    )
+    no_shuffle: bool = Field(
+        default=False,
+        description="Train in file order without the last incomplete batch of an epoch, as "
+        "published code does.",
     )
 
 
-class OptimConfig(_Settings):
+class OptimConfig(Settings, frozen=True):
     """AdamW, its schedule and the batch."""
 
     lr: float = Field(default=1e-4, gt=0, description="Peak learning rate of lora_A and lora_B.")
@@ -147,9 +155,13 @@ class OptimConfig(_Settings):
         lt=1,
         description="Share of the steps with rising learning rate; then linear to 0.",
     )
+    run_to_epoch_end: bool = Field(
+        default=False,
+        description="Go on at learning rate 0 to the end of the epoch, as published code does.",
+    )
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings, frozen=True):
     """Seeds, precision, checkpoints and logs of one run."""
 
     seed: int = Field(
@@ -184,7 +196,7 @@ class RunConfig(_Settings):
     )
 
 
-class PredictiveConfig(_Settings):
+class PredictiveConfig(Settings, frozen=True):
     """The default predictive stored in the artifact."""
 
     num_samples: int = Field(
@@ -194,91 +206,3 @@ class PredictiveConfig(_Settings):
     design: Literal["iid"] = Field(
         default="iid", description="How the M samples are drawn together."
     )
-
-
-class TrainConfig(_Settings):
-    """One training run, whole."""
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the adapter."
-    )
-    base: str = Field(
-        default="smollm2-135m-instruct", description="Directory, hub id or built-in alias."
-    )
-    method: MethodConfig = Field(default_factory=DalorraConfig)
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    data: DataConfig
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
-    predictive: PredictiveConfig = Field(default_factory=PredictiveConfig)
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _method_by_name(cls, value: object) -> object:
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, dict) and "name" not in value:
-            return {"name": "dalorra", **value}  # as when there is no group ``method`` at all
-        return value
-
-
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML, TOML or JSON file, apply ``key.sub=value`` overrides, and validate.
-
-    Args:
-        path: The file; None starts from nothing but the overrides.
-        overrides: Dotted assignments such as ``method.tau=0.5``; the value is read as YAML.
-
-    Raises:
-        ConfigError: Naming the file, each wrong setting, its domain and its value.
-    """
-    raw = _read_mapping(path) if path is not None else {}
-    for text in overrides:
-        _assign(raw, text)
-    try:
-        return TrainConfig.model_validate(raw)
-    except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(p) for p in e['loc']) or '(top)'}: {e['msg']}; got {e['input']!r}"
-            for e in error.errors()
-        ]
-        where = f"{path}" if path is not None else "the command line"
-        raise ConfigError(f"{where}: {len(lines)} wrong setting(s)\n" + "\n".join(lines)) from None
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config file {path}: {error}") from None
-    try:
-        if path.suffix == ".toml":
-            value: object = tomllib.loads(text)
-        elif path.suffix == ".json":
-            value = json.loads(text)
-        else:
-            value = yaml.safe_load(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config file {path} cannot be parsed: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"config file {path} must hold a mapping, found {type(value).__name__}")
-    return value
-
-
-def _assign(raw: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"an override must read KEY=VALUE, such as method.tau=0.5; got {text!r}")
-    *parents, leaf = key.strip().split(".")
-    node: Any = raw
-    for part in parents:
-        child = node.setdefault(part, {})
-        if isinstance(child, str):  # method=dalorra, then method.tau=0.5
-            child = node[part] = {"name": child}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {text!r}: {part} is not a group of settings")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value cannot be read: {error}") from None

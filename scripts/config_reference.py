@@ -1,4 +1,4 @@
-"""Write the table of settings in docs/training.md from the models in dalorra_core/config.py.
+"""Write the table of settings in docs/training.md from the settings classes.
 
 Run it after a change of those models: ``python scripts/config_reference.py``. A test fails while
 the page and the models differ. Only what stands between the two markers is rewritten.
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalorra_core.config import TrainConfig
 from dalorra_core.errors import ConfigError
+from dalorra_core.training.settings import TrainConfig
 
 __all__ = ["BEGIN", "END", "PAGE", "main", "reference", "with_reference"]
 
@@ -20,7 +20,13 @@ BEGIN = "<!-- config reference: written by scripts/config_reference.py, do not e
 END = "<!-- end of config reference -->"
 
 _HEADER = "| key | domain | default | meaning |\n|---|---|---|---|"
-_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
+_TYPES = {
+    "boolean": "true or false",
+    "integer": "integer",
+    "null": "`null`",
+    "number": "number",
+    "string": "text",
+}
 
 _Schema = dict[str, Any]
 
@@ -86,7 +92,7 @@ def _lead(group: _Schema, heading: str) -> tuple[str, ...]:
 def _rows(prefix: str, group: _Schema) -> Iterator[str]:
     """Yield the table's rows; a field that is a group of its own has a table, not a row."""
     for name, field in group["properties"].items():
-        if "$ref" in field or "oneOf" in field:
+        if "$ref" in field or ("oneOf" in field and not prefix):
             continue
         default = f"`{_shown(field['default'])}`" if "default" in field else "required"
         cells = (f"`{prefix}{name}`", _domain(field), default, _meaning(field))
@@ -105,17 +111,20 @@ def _shown(value: object) -> str:
         return f"[{', '.join(_shown(item) for item in value)}]"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, dict):
+        return str(value["name"])  # settings of a method
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _domain(field: _Schema) -> str:
     """Return the values a field may have, in words."""
+    if "oneOf" in field:
+        names = ", ".join(f"`{name}`" for name in field["discriminator"]["mapping"])
+        return f"{names}, or the settings of one of them"
     if "anyOf" in field:
         return " or ".join(_domain(option) for option in field["anyOf"])
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if field["type"] == "null":
-        return "`null`"
     if field["type"] == "array":
         return _list_domain(field)
     if "pattern" in field:

@@ -13,26 +13,32 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
     """Return the sampling of a request: the adapter's defaults with what the request changes.
 
     Raises:
-        ApiError: 422 when several samples are asked of something that has one function only.
+        ApiError: 422 when another number of samples is asked for than there are functions.
     """
     estimator = request.estimator or card.defaults.estimator
     single = estimator == "mean_mask" or card.point_method
-    if single and request.num_samples not in (None, 1):
-        reason = (
-            f"adapter {card.name} does not sample (method {card.method})"
-            if card.point_method
-            else "the mean_mask estimator is one deterministic pass"
-        )
+    there_are = 1 if single else card.fixed_functions
+    if there_are is not None and request.num_samples not in (None, there_are):
         raise ApiError(
             "invalid_request",
-            f"num_samples must be 1 or left out: {reason}",
-            errors=({"pointer": "#/num_samples", "limit": 1, "actual": request.num_samples},),
+            f"num_samples must be {there_are} or left out: {_why_fixed(card, single=single)}",
+            errors=(
+                {"pointer": "#/num_samples", "limit": there_are, "actual": request.num_samples},
+            ),
         )
     defaults = card.defaults
     return replace(
         defaults,
         estimator=estimator,
-        num_samples=1 if single else (request.num_samples or defaults.num_samples),
-        # one function has no seed; leaving the default lets such rows share batches
-        seed=defaults.seed if single or request.seed is None else request.seed,
+        num_samples=there_are or request.num_samples or defaults.num_samples,
+        # what is not drawn has no seed; leaving the default lets such rows share batches
+        seed=defaults.seed if there_are or request.seed is None else request.seed,
     )
+
+
+def _why_fixed(card: AdapterCard, *, single: bool) -> str:
+    if card.point_method:
+        return f"adapter {card.name} does not sample (method {card.method})"
+    if single:
+        return "the mean_mask estimator is one deterministic pass"
+    return f"adapter {card.name} has {card.fixed_functions} functions (method {card.method})"

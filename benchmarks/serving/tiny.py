@@ -14,8 +14,8 @@ _TEXTS = {"transfer": "transfer to my account", "flight": "book a flight", "alar
 
 def tiny_revisions(folder: Path, sources: Sequence[str]) -> Path:
     """Train one adapter a source into ``folder / "root"`` and return the base model's directory."""
-    from dalorra_core.config import load_config  # noqa: PLC0415 - slow, and not always needed
     from dalorra_core.training.run import run_training  # noqa: PLC0415
+    from dalorra_core.training.settings import load_config  # noqa: PLC0415 - slow, and not always needed
     from tests.support.tiny_models import save_tiny_base, write_jsonl  # noqa: PLC0415
 
     torch.set_num_threads(1)

@@ -1,4 +1,7 @@
-"""The one adapted layer of every method: ``o_m = W0 h + s * B_m diag(z_m) A_m h``."""
+"""The one adapted layer of every method: ``o_m = W0 h + s * B_m diag(z_m) A_m h``.
+
+A module's transforms, where it has any, stand around these factors; see ``ModulePack``.
+"""
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ __all__ = ["AdaptedLinear", "low_rank_delta"]
 
 
 def low_rank_delta(h: Tensor, module: ModulePack, num_samples: int, scaling: float) -> Tensor:
-    """Return ``s * B_m diag(z_m) A_m h`` for M folded samples.
+    """Return ``s * B_m diag(z_m) A_m h`` for M folded samples, with the module's transforms.
 
     Args:
         h: Module inputs (M*B, ..., d_in), row m*B + b, or (B, ..., d_in) when M is 1.
@@ -24,14 +27,29 @@ def low_rank_delta(h: Tensor, module: ModulePack, num_samples: int, scaling: flo
     Source:
         docs/method.md, eq. (1).
     """
-    u = _apply(h, module.lora_A.to(h.dtype), num_samples)  # (M*B, ..., r)
+    u = _rank_features(h, module, num_samples)  # (M*B, ..., r)
+    before_core = scaling if module.core is None else 1.0  # a core need not be linear
     if module.z is None:
-        u = u * scaling
+        u = u * before_core
     else:
-        gate = module.z.to(h.dtype) * scaling  # (M, r)
-        middle = [1] * (u.dim() - 1)
-        u = (unfold(u, num_samples) * gate.view(num_samples, *middle, -1)).flatten(0, 1)
+        gate = module.z.to(h.dtype) * before_core  # (M, r) or (M, B, r)
+        middle = [1] * (u.dim() + 1 - gate.dim())
+        shape = (*gate.shape[:-1], *middle, gate.shape[-1])
+        u = (unfold(u, num_samples) * gate.view(shape)).flatten(0, 1)
+    if module.core is not None:
+        u = module.core(unfold(u, num_samples)).flatten(0, 1) * scaling
     return _apply(u, module.lora_B.to(h.dtype), num_samples)  # (M*B, ..., d_out)
+
+
+def _rank_features(h: Tensor, module: ModulePack, num_samples: int) -> Tensor:
+    """Return ``A before(h) + beside(h)``, (M*B, ..., r)."""
+    inputs = h
+    if module.before is not None:
+        inputs = module.before(unfold(h, num_samples)).flatten(0, 1)
+    u = _apply(inputs, module.lora_A.to(h.dtype), num_samples)
+    if module.beside is not None:
+        u = u + module.beside(unfold(h, num_samples)).flatten(0, 1)
+    return u
 
 
 def _apply(x: Tensor, weight: Tensor, num_samples: int) -> Tensor:

@@ -11,7 +11,17 @@ from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
 from dalorra_core.adapters.pack import ModulePack
 from dalorra_core.sampling.streams import uniforms
 
-__all__ = ["AdapterState", "init_factors", "label_rows_only", "module_packs"]
+__all__ = [
+    "AdapterState",
+    "Shapes",
+    "factor_shapes",
+    "init_factors",
+    "label_rows_only",
+    "module_packs",
+]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name to shape."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,15 @@ def label_rows_only(specs: Sequence[TargetSpec], num_labels: int) -> tuple[Targe
     return tuple(
         TargetSpec(s.name, s.d_in, num_labels, None) if s.name == LM_HEAD else s for s in specs
     )
+
+
+def factor_shapes(specs: Sequence[TargetSpec], r: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the LoRA factors of all modules, under their artifact names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        shapes[f"{spec.name}.lora_A"] = (r, spec.d_in)
+        shapes[f"{spec.name}.lora_B"] = (spec.d_out, r)
+    return shapes
 
 
 def init_factors(specs: Sequence[TargetSpec], r: int, seed: int) -> dict[str, Tensor]:

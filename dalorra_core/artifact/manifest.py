@@ -4,10 +4,11 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from dalorra_core.artifact.calibration_record import Calibration, Policy
-from dalorra_core.config import MethodConfig, PredictiveConfig
+from dalorra_core.config import PredictiveConfig
+from dalorra_core.methods import MethodConfig
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,11 +46,23 @@ class ModuleRef(_Part):
 
 
 class LabelsRef(_Part):
-    """The label set in the order of every probability vector, and one token for each label."""
+    """The label set in the order of every probability vector, and one token for each label.
+
+    A question is scored over its own choices and the labels of ``union``; usually there are none.
+    """
 
     labels: tuple[str, ...]
     token_ids: tuple[int, ...]
     out_of_scope_label: str | None = None
+    union: tuple[str, ...] = ()
+
+    @field_validator("union")
+    @classmethod
+    def _known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(info.data.get("labels", ())))
+        if unknown:
+            raise ValueError(f"union must hold labels of the adapter only, got {unknown}")
+        return value
 
 
 class PromptRef(_Part):
@@ -60,6 +73,7 @@ class PromptRef(_Part):
     template: str
     sha256: str
     max_tokens: int = Field(ge=2)
+    append_eos: bool = False
 
 
 class GoldenProbe(_Part):

@@ -30,6 +30,7 @@ __all__ = [
     "MANIFEST_FILE",
     "SIGNATURE_FILE",
     "Artifact",
+    "as_stored",
     "calibration_file_name",
     "load_artifact",
     "pack_tensors",
@@ -48,16 +49,21 @@ def pack_tensors(params: Mapping[str, Tensor]) -> bytes:
     The factors are most of the size and tolerate rounding; gate logits are a few hundred numbers
     whose rounding would move keep probabilities.
     """
-    is_factor = {name: name.endswith((".lora_A", ".lora_B")) for name in params}
     return dump_tensors(
         {
-            name: value.detach()
-            .cpu()
-            .to(torch.bfloat16 if is_factor[name] else torch.float32)
-            .contiguous()
+            name: value.detach().cpu().to(_stored_dtype(name)).contiguous()
             for name, value in sorted(params.items())
         }
     )
+
+
+def as_stored(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters in float32 with the values that they have once stored and read again."""
+    return {name: value.detach().to(_stored_dtype(name)).float() for name, value in params.items()}
+
+
+def _stored_dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name.endswith((".lora_A", ".lora_B")) else torch.float32
 
 
 def calibration_file_name(content: bytes) -> str:

@@ -14,7 +14,7 @@ def measured_with(predictor: Predictor, plan: SamplingPlan) -> MeasuredWith:
         adapter_sha256=predictor.artifact.sha256,
         num_samples=predictor.num_functions(plan),
         design=plan.design,
-        seed=plan.seed,
+        seed=0 if predictor.fixed_functions is not None else plan.seed,
         estimator="mean_mask" if predictor.point_method else plan.estimator,
         temperature=predictor.temperature,
         dtype=str(predictor.dtype).removeprefix("torch."),

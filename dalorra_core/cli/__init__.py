@@ -2,6 +2,7 @@
 
 import typer
 
+from dalorra_core.cli.bench import bench_app
 from dalorra_core.cli.calibrate import calibrate_command
 from dalorra_core.cli.evaluate import evaluate_command
 from dalorra_core.cli.inspect import inspect_command
@@ -24,3 +25,4 @@ app.command("predict")(predict_command)
 app.command("inspect")(inspect_command)
 app.command("sign")(sign_command)
 app.command("verify")(verify_command)
+app.add_typer(bench_app, name="bench")

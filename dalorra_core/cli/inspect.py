@@ -41,7 +41,8 @@ def inspect_command(
     """
     with errors_as_exit():
         artifact = load_artifact(adapter)
-        summary = METHODS[artifact.manifest.method.name].summary(state_of(artifact))
+        settings = artifact.manifest.method
+        summary = METHODS[settings.name].summary(state_of(artifact), settings)
         if as_json:
             values = artifact.manifest.model_dump(mode="json")
             values |= {
@@ -86,6 +87,7 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
         console.print(f"{'calibrated':<11}{_calibration_text(m.calibration)}")
     for name in (
         "created_at",
+        "from_adapter",
         "dalorra",
         "torch",
         "device",
@@ -96,6 +98,9 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
     ):
         if name in m.provenance:
             console.print(f"{name:<11}{_compact(m.provenance[name])}")
+    scalars = {k: v for k, v in summary.items() if isinstance(v, float | int | str)}
+    if scalars:
+        console.print(f"{'posterior':<11}{_compact(scalars)}")
     if "keep_prob" in summary:
         quantiles = "  ".join(f"{q}: {p:.3f}" for q, p in summary["keep_prob_quantiles"].items())
         console.print(f"{'keep prob':<11}quantiles  {quantiles}")

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from dalorra_core.cli.console import errors_as_exit, note
-from dalorra_core.config import load_config
 from dalorra_core.training.run import run_training
+from dalorra_core.training.settings import load_config
 
 __all__ = ["train_command"]
 
 
-def train_command(
+def train_command(  # noqa: PLR0913, PLR0917  options of a command line
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="YAML, TOML or JSON file with the run's settings."),
@@ -43,6 +43,13 @@ def train_command(
     overwrite: Annotated[  # noqa: FBT002
         bool, typer.Option("--overwrite", help="Replace an existing artifact at the output.")
     ] = False,
+    from_adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Artifact to start from instead of training, for a method that is fitted "
+            "afterwards (`laplace`, `tfb`); it must be what this run would train."
+        ),
+    ] = None,
 ) -> None:
     """Train an adapter and write it as an artifact.
 
@@ -58,6 +65,10 @@ def train_command(
     **Interruptions.** A checkpoint is written every `run.checkpoint_every` steps. After a crash,
     a kill or a power cut run the same command with `--resume`: on a CPU the result equals the
     uninterrupted run's, bit for bit.
+
+    **Fits.** `laplace` and `tfb` train an adapter as another method (`method.trained_as`), then fit
+    what they add to it. With `--from-adapter` they start from an artifact instead; it must be
+    what this run would have trained, on the same base model, labels, prompt and modules.
 
     **Settings.** All of them, with defaults and meaning: `docs/training.md`. The ones most worth
     knowing: `method` (`dalorra` or `mle`), `method.tau`, `method.prior_prob`, `adapter.r`,
@@ -76,5 +87,13 @@ def train_command(
         settings = load_config(config, assignments or [])
         target = output if output is not None else Path("adapters") / settings.name
         runs = run_dir if run_dir is not None else Path("runs") / settings.name
-        run_training(settings, target, runs, resume=resume, overwrite=overwrite, report=note)
+        run_training(
+            settings,
+            target,
+            runs,
+            resume=resume,
+            overwrite=overwrite,
+            from_adapter=from_adapter,
+            report=note,
+        )
         note(f"wrote {target}; try: dalorra inspect {target}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dalorra_core.data.encode import EncodedExample, Truncation, UnknownLabel, encode
@@ -37,12 +37,14 @@ class TokenBatch:
         labels: Right label of each row, in 0..C-1, or -1 for none, shape (B,).
         allowed: Labels that each row may be given, shape (B, C); None when every row may be given
             all of them.
+        stem: States at the input of the first adapted layer, where they are known already.
     """
 
     input_ids: Int64[Tensor, "B T"]
     last_index: Int64[Tensor, " B"]
     allowed: Bool[Tensor, "B C"] | None
     labels: Int64[Tensor, " B"]
+    stem: Float[Tensor, "B T d"] | None = None
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Return the batch on a device."""
@@ -51,6 +53,7 @@ class TokenBatch:
             last_index=self.last_index.to(device),
             allowed=None if self.allowed is None else self.allowed.to(device),
             labels=self.labels.to(device),
+            stem=None if self.stem is None else self.stem.to(device),
         )
 
     @property

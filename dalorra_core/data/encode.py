@@ -5,6 +5,7 @@ cut unless the caller asks for it, and then only the body: the instruction and t
 stay.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dalorra_core.data.examples import ChoiceExample, Example, example_fault, gold_label
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.data.prompts import PromptTemplate, RenderedPrompt, render
-from dalorra_core.data.tokenization import body_offsets, prompt_token_ids
+from dalorra_core.data.tokenization import body_offsets, end_token_id, prompt_token_ids
 from dalorra_core.errors import ConfigError, DataError, InputError, InputTooLongError
 
 __all__ = ["EncodedExample", "Truncation", "UnknownLabel", "encode"]
@@ -30,7 +31,7 @@ class EncodedExample:
         id: Name of the row.
         token_ids: Tokens of the whole prompt, at least one.
         label: Position of the right label in the label set; -1 for none or one outside the set.
-        allowed: Positions of the question's own choices, ascending; None for all labels.
+        allowed: Positions of the labels the question is scored over, ascending; None for all.
         truncated: Whether part of the input was cut off.
     """
 
@@ -50,6 +51,8 @@ def encode(  # noqa: PLR0913  one call says all that decides the tokens
     max_tokens: int,
     truncate: Truncation = "none",
     unknown_label: UnknownLabel = "error",
+    union: Collection[str] = (),
+    append_eos: bool = False,
 ) -> EncodedExample:
     """Return an example as token ids.
 
@@ -63,10 +66,13 @@ def encode(  # noqa: PLR0913  one call says all that decides the tokens
             beginning of the body, ``end`` its end. Head and tail of the prompt are never cut.
         unknown_label: A right label outside ``label_set``, such as ``oos``, is an ``error`` or
             becomes -1 (``ignore``).
+        union: Labels that a question is scored over besides its own choices; in ``label_set``.
+        append_eos: Whether the end-of-text token ends the prompt.
 
     Raises:
         ConfigError: ``max_tokens`` is below 1, the template is for the other form, or a tokenizer
-            that cannot tell where its tokens lie was to truncate.
+            that cannot tell where its tokens lie was to truncate, or one without an end-of-text
+            token was to append it.
         InputError: The example is empty or unsound, or too long even with an empty body.
         InputTooLongError: The prompt is too long and ``truncate`` is ``none``.
         DataError: The right label, or a choice's label, is not in ``label_set``.
@@ -76,41 +82,46 @@ def encode(  # noqa: PLR0913  one call says all that decides the tokens
     fault = example_fault(example)
     if fault is not None:
         raise InputError(f"{fault[0]} {fault[1]}")
-    label, allowed = _positions(example, label_set, unknown_label)
+    label = _gold_position(example, label_set, unknown_label)
+    allowed = _allowed_positions(example, label_set, union)
     prompt = render(example, template)
     token_ids = prompt_token_ids(tokenizer, prompt.text)
-    is_cut = len(token_ids) > max_tokens
+    end = (end_token_id(tokenizer),) if append_eos else ()
+    limit = max_tokens - len(end)
+    is_cut = len(token_ids) > limit
     if is_cut:
         if truncate == "none":
-            raise InputTooLongError(len(token_ids), max_tokens)
-        token_ids = _cut(prompt, len(token_ids), tokenizer, max_tokens, truncate)
+            raise InputTooLongError(len(token_ids) + len(end), max_tokens)
+        token_ids = _cut(prompt, len(token_ids), tokenizer, limit, truncate)
     return EncodedExample(
         id=example.id,
-        token_ids=tuple(token_ids),
+        token_ids=(*token_ids, *end),
         label=label,
         allowed=allowed,
         truncated=is_cut or prompt.shortened,
     )
 
 
-def _positions(
-    example: Example, label_set: LabelSet, unknown_label: UnknownLabel
-) -> tuple[int, tuple[int, ...] | None]:
-    """Return the position of the right label (-1: none) and those of the row's own choices."""
-    allowed = None
-    if isinstance(example, ChoiceExample):
-        allowed = tuple(sorted(label_set.index(choice.label) for choice in example.choices))
+def _gold_position(example: Example, label_set: LabelSet, unknown_label: UnknownLabel) -> int:
+    """Return the position of the right label, -1 for none."""
     gold = gold_label(example)
     if gold is None or (unknown_label == "ignore" and gold not in label_set):
-        return -1, allowed
-    return _label_position(gold, example.id, label_set), allowed
-
-
-def _label_position(label: str, row_id: str, label_set: LabelSet) -> int:
+        return -1
     try:
-        return label_set.index(label)
+        return label_set.index(gold)
     except DataError as error:
-        raise DataError(f"row {row_id!r}: {error}") from error
+        raise DataError(f"row {example.id!r}: {error}") from error
+
+
+def _allowed_positions(
+    example: Example, label_set: LabelSet, union: Collection[str]
+) -> tuple[int, ...] | None:
+    """Return the positions of a question's own choices and of ``union``; None for all labels."""
+    if not isinstance(example, ChoiceExample):
+        return None
+    own = {label_set.index(choice.label) for choice in example.choices}
+    together = own | {label_set.index(label) for label in union}
+    return None if union and len(together) == len(label_set) else tuple(sorted(together))
 
 
 def _cut(

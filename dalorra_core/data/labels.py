@@ -16,7 +16,13 @@ from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.data.tokenization import special_token_ids, text_token_ids
 from dalorra_core.errors import DataError
 
-__all__ = ["LabelSet", "collect_labels", "resolve_label_tokens"]
+__all__ = [
+    "LabelSet",
+    "collect_labels",
+    "last_bare_tokens",
+    "resolve_label_tokens",
+    "with_swapped_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,50 @@ def resolve_label_tokens(labels: Sequence[str], tokenizer: PreTrainedTokenizerBa
             )
         taken[token_id] = label
     return LabelSet(tuple(labels), tuple(taken))
+
+
+def last_bare_tokens(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> LabelSet:
+    """Give each label the last token of its bare text: the rule of the published protocol.
+
+    Args:
+        labels: C different labels.
+        tokenizer: Tokenizer of the base model.
+
+    Raises:
+        DataError: Two labels end in the same token, or one in a special token.
+
+    Source:
+        methods.md 1.3.
+    """
+    blocked = special_token_ids(tokenizer)
+    taken: dict[int, str] = {}
+    for label in labels:
+        token_id = next(reversed(text_token_ids(tokenizer, label)), None)
+        if token_id is None or token_id in blocked:
+            raise DataError(f"label {label!r} has no token of its own without a leading space")
+        if token_id in taken:
+            raise DataError(
+                f"data.label_tokens must be 'spaced' here, got 'bare': the labels "
+                f"{taken[token_id]!r} and {label!r} end in the same token {token_id}"
+            )
+        taken[token_id] = label
+    return LabelSet(tuple(labels), tuple(taken))
+
+
+def with_swapped_tokens(label_set: LabelSet, one: str, other: str) -> LabelSet:
+    """Return the label set with the tokens of two labels swapped.
+
+    Raises:
+        DataError: One of them is not in it.
+
+    Example:
+        >>> with_swapped_tokens(LabelSet(("no", "yes"), (10, 11)), "no", "yes").token_ids
+        (11, 10)
+    """
+    places = list(range(len(label_set)))
+    first, second = label_set.index(one), label_set.index(other)
+    places[first], places[second] = second, first
+    return LabelSet(label_set.labels, tuple(label_set.token_ids[i] for i in places))
 
 
 def _own_tokens(label: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_CHOICE_TEMPLATE",
     "DEFAULT_TEXT_TEMPLATE",
     "TEXT_TEMPLATES",
+    "PromptKind",
     "PromptTemplate",
     "RenderedPrompt",
     "prompt_template",

@@ -9,7 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["body_offsets", "prompt_token_ids", "special_token_ids", "text_token_ids"]
+from dalorra_core.errors import ConfigError
+
+__all__ = [
+    "body_offsets",
+    "end_token_id",
+    "prompt_token_ids",
+    "special_token_ids",
+    "text_token_ids",
+]
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -32,6 +40,21 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that mean something to the model besides text (BOS, EOS, roles ...)."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(tokenizer.all_special_ids) | added
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the end-of-text token.
+
+    Raises:
+        ConfigError: The tokenizer has none.
+    """
+    found = tokenizer.eos_token_id
+    if not isinstance(found, int):
+        raise ConfigError(
+            "data.append_eos needs a tokenizer with an end-of-text token, got "
+            f"{type(tokenizer).__name__} without one"
+        )
+    return found
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:

@@ -6,33 +6,99 @@ binary-Concrete gates, prediction hard ones. Equation numbers are those of docs/
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dalorra_core.adapters.inject import TargetSpec
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.adapters.state import AdapterState, init_factors, module_packs
-from dalorra_core.config import DalorraConfig, OptimConfig
-from dalorra_core.methods.method import Draw, Method, ParamGroup
+from dalorra_core.adapters.state import (
+    AdapterState,
+    Shapes,
+    factor_shapes,
+    init_factors,
+    module_packs,
+)
+from dalorra_core.config import MethodSettings, OptimConfig
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
 from dalorra_core.sampling.designs import iid_uniforms
 
-__all__ = ["METHOD", "hard_gates", "relaxed_gates"]
+__all__ = [
+    "METHOD",
+    "PHI",
+    "DalorraConfig",
+    "GateDrawSettings",
+    "GateSettings",
+    "gate_summary",
+    "gate_uniforms",
+    "hard_gates",
+    "kl_factor",
+    "prediction_gates",
+    "prior_logits",
+    "relaxed_gates",
+    "training_gates",
+]
 
 PHI = "phi"
+"""Name of the gate logits (L, r)."""
 
 _UNIFORM_MARGIN = 1e-6
 """Training uniforms stay this far from 0 and 1, which bounds logit(v) by 13.8."""
+
+
+class GateDrawSettings(MethodSettings, frozen=True):
+    """Bernoulli gates over the ranks: their prior and their draws."""
+
+    prior_prob: float = Field(
+        default=0.5, gt=0, lt=1, description="p0: prior and initial keep probability of a rank."
+    )
+    tau: float = Field(
+        default=2 / 3, gt=0, le=5, description="Temperature of the relaxed gates in training."
+    )
+    num_train_samples: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="S: gate draws per optimiser step; log-likelihoods are averaged.",
+    )
+    train_masks: Literal["relaxed", "straight_through"] = Field(
+        default="relaxed",
+        description="relaxed: binary-Concrete; straight_through: hard forward, relaxed gradient.",
+    )
+    test_masks: Literal["hard", "relaxed"] = Field(
+        default="hard",
+        description="Gates at prediction: hard Bernoulli draws, or relaxed at tau.",
+    )
+
+
+class GateSettings(GateDrawSettings, frozen=True):
+    """Bernoulli gates that are learned: the weight of their KL and their learning rate."""
+
+    kl_weight: float = Field(default=1.0, ge=0, description="Factor on the KL; 1 is the ELBO.")
+    kl_scale: Literal["per_example", "unit"] = Field(
+        default="per_example",
+        description="per_example: KL times kl_weight / N (the ELBO); unit: times kl_weight.",
+    )
+    mask_lr: float = Field(
+        default=1e-2, gt=0, description="Peak learning rate of the gate logits phi."
+    )
+
+
+class DalorraConfig(GateSettings, frozen=True):
+    """DALorRA: variational Bernoulli gates over the ranks of every adapted module."""
+
+    name: Literal["dalorra"] = "dalorra"
 
 
 def relaxed_gates(phi: Tensor, uniforms: Tensor, tau: float) -> Tensor:
     """Return binary-Concrete gates in (0, 1), differentiable in ``phi``.
 
     Args:
-        phi: Gate logits (L, r).
+        phi: Gate logits (L, r), or any shape that broadcasts against the uniforms.
         uniforms: (M, L, r) in (0, 1).
         tau: Relaxation temperature, positive; lower is nearer to hard.
 
@@ -54,50 +120,76 @@ def hard_gates(phi: Tensor, uniforms: Tensor) -> Tensor:
     ``relaxed_gates`` as tau goes to 0.
 
     Args:
-        phi: Gate logits (L, r).
-        uniforms: (M, L, r) in (0, 1).
+        phi: Gate logits (L, r), or any shape that broadcasts against the uniforms.
+        uniforms: (M, L, r) in (0, 1); the gates lie where they do.
     """
-    drop_prob = (-phi.detach().double()).sigmoid().cpu()  # (L, r)
+    drop_prob = (-phi.detach().double()).sigmoid().to(uniforms.device)  # (L, r)
     return (uniforms > drop_prob).float()  # (M, L, r)
 
 
-def _init(
-    specs: Sequence[TargetSpec], r: int, seed: int, config: DalorraConfig
-) -> dict[str, Tensor]:
-    logit = math.log(config.prior_prob) - math.log1p(-config.prior_prob)
-    return init_factors(specs, r, seed) | {PHI: torch.full((len(specs), r), logit)}
-
-
-def _uniforms(state: AdapterState, draw: Draw) -> Tensor:
-    return iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
-
-
-def _train_pack(state: AdapterState, config: DalorraConfig, draw: Draw) -> SamplePack:
-    phi, uniforms = state.params[PHI], _uniforms(state, draw)
+def training_gates(state: AdapterState, config: GateDrawSettings, draw: Draw) -> Tensor:
+    """Return the gates of a training step (S, L, r), differentiable in ``phi``."""
+    phi, uniforms = state.params[PHI], gate_uniforms(state, draw)
     z = relaxed_gates(phi, uniforms, config.tau)
     if config.train_masks == "straight_through":
         z = z + (hard_gates(phi, uniforms).to(z.device) - z).detach()
-    return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
+    return z
 
 
-def _predict_pack(state: AdapterState, config: DalorraConfig, draw: Draw) -> SamplePack:
-    phi, uniforms = state.params[PHI], _uniforms(state, draw)
+def prediction_gates(state: AdapterState, config: GateDrawSettings, draw: Draw) -> Tensor:
+    """Return the gates of a prediction (M, L, r)."""
+    phi, uniforms = state.params[PHI], gate_uniforms(state, draw)
     hard = config.test_masks == "hard"
-    z = hard_gates(phi, uniforms) if hard else relaxed_gates(phi, uniforms, config.tau)
+    return hard_gates(phi, uniforms) if hard else relaxed_gates(phi, uniforms, config.tau)
+
+
+def prior_logits(num_modules: int, r: int, config: GateDrawSettings) -> Tensor:
+    """Return the logits of the prior (L, r), where ``phi`` starts."""
+    logit = math.log(config.prior_prob) - math.log1p(-config.prior_prob)
+    return torch.full((num_modules, r), logit)
+
+
+def kl_factor(config: GateSettings, point: TrainingPoint) -> float:
+    """Return the factor of a divergence of the whole posterior in the loss per example."""
+    scale = 1.0 / point.num_examples if config.kl_scale == "per_example" else 1.0
+    return config.kl_weight * scale
+
+
+def gate_uniforms(state: AdapterState, draw: Draw) -> Tensor:
+    """Return the uniforms behind the gates, (M, L, r) in float64 on the CPU."""
+    return iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
+
+
+def _shapes(specs: Sequence[TargetSpec], r: int, _: GateDrawSettings) -> Shapes:
+    return factor_shapes(specs, r) | {PHI: (len(specs), r)}
+
+
+def _init(
+    specs: Sequence[TargetSpec], r: int, seed: int, config: GateDrawSettings
+) -> dict[str, Tensor]:
+    return init_factors(specs, r, seed) | {PHI: prior_logits(len(specs), r, config)}
+
+
+def _train_pack(state: AdapterState, config: GateDrawSettings, draw: Draw) -> SamplePack:
+    z = training_gates(state, config, draw)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
 
-def _mean_pack(state: AdapterState, _: DalorraConfig) -> SamplePack:
+def _predict_pack(state: AdapterState, config: GateDrawSettings, draw: Draw) -> SamplePack:
+    z = prediction_gates(state, config, draw)
+    return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
+
+
+def _mean_pack(state: AdapterState, _: GateDrawSettings) -> SamplePack:
     keep_prob = state.params[PHI].sigmoid().unsqueeze(0)  # (1, L, r)
     return SamplePack(1, state.scaling, module_packs(state, keep_prob))
 
 
 def _kl_terms(
-    state: AdapterState, config: DalorraConfig, num_examples: int
+    state: AdapterState, config: DalorraConfig, point: TrainingPoint, _: SamplePack
 ) -> Mapping[str, KlTerm]:
-    scale = 1.0 / num_examples if config.kl_scale == "per_example" else 1.0
     value = mask_kl(state.params[PHI], config.prior_prob)
-    return {"mask_kl": KlTerm(value, config.kl_weight * scale)}
+    return {"mask_kl": KlTerm(value, kl_factor(config, point))}
 
 
 def _param_groups(
@@ -110,7 +202,8 @@ def _param_groups(
     )
 
 
-def _summary(state: AdapterState) -> dict[str, Any]:
+def gate_summary(state: AdapterState, _: MethodSettings) -> dict[str, Any]:
+    """Return what the keep probabilities look like, as JSON values."""
     keep_prob = state.params[PHI].detach().double().sigmoid().cpu()  # (L, r)
     quantiles = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], dtype=torch.float64)
     values = keep_prob.flatten().quantile(quantiles)
@@ -130,14 +223,15 @@ def _summary(state: AdapterState) -> dict[str, Any]:
 
 
 METHOD = Method(
-    name="dalorra",
+    settings=DalorraConfig,
     stochastic=True,
     init=_init,
+    shapes=_shapes,
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     num_train_samples=lambda config: config.num_train_samples,
-    summary=_summary,
+    summary=gate_summary,
 )

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["KlTerm", "label_log_probs", "mean_nll", "neg_elbo"]
+__all__ = ["KlTerm", "label_log_probs", "mean_nll", "neg_elbo", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ def mean_nll(logits: Tensor, labels: Tensor, allowed: Tensor | None = None) -> T
     return -log_probs.gather(-1, index).mean()
 
 
+def weighted_sum(kl_terms: Mapping[str, KlTerm]) -> Tensor:
+    """Return ``sum_g weight_g * KL_g`` in nats per example; a zero where there are no terms."""
+    return sum((term.weight * term.value for term in kl_terms.values()), torch.zeros(()))
+
+
 def neg_elbo(nll: Tensor, kl_terms: Mapping[str, KlTerm]) -> Tensor:
     """Return ``nll + sum_g weight_g * KL_g``, nats per example.
 
     Source:
         docs/method.md, eq. (3).
     """
-    total = nll
-    for term in kl_terms.values():
-        total = total + term.weight * term.value
-    return total
+    return nll + weighted_sum(kl_terms).to(nll.device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
-from dalorra_core.adapters.pack import ModulePack, SamplePack, unfold
+from dalorra_core.adapters.pack import ModulePack, RowContext, SamplePack, unfold
 from dalorra_core.data.collate import TokenBatch
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.errors import ConfigError
@@ -21,7 +21,7 @@ from dalorra_core.predictive.fork import first_adapted_layer
 from dalorra_core.predictive.label_head import LabelHead
 from dalorra_core.predictive.trunk import Trunk
 
-__all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together"]
+__all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together", "positions_up_to"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,24 @@ class LabelModel(nn.Module):
         """
         (found,) = forward_together((PackedRows(self, pack, batch),), label_mass=label_mass)
         return found
+
+    def settled(self, pack: SamplePack, batch: TokenBatch) -> SamplePack:
+        """Return the pack for these rows; the very same one where nothing in it depends on rows.
+
+        Args:
+            pack: M samples.
+            batch: B rows on this model's device, padded on the right.
+        """
+        if pack.per_row is None:
+            return pack
+        is_token = positions_up_to(batch.last_index, batch.input_ids.shape[1])  # (B, T)
+        with torch.no_grad():
+            embedding: nn.Module = self.trunk.model.get_input_embeddings()  # pyright: ignore
+            embedded: Tensor = embedding(batch.input_ids)  # (B, T, d)
+        weight = is_token.unsqueeze(-1)
+        # In float64, so that the order of the sum, which padding may change, does not show.
+        mean = (embedded.double() * weight).sum(1) / weight.sum(1)  # (B, d)
+        return pack.for_rows(RowContext(mean.float(), is_token))
 
     @torch.no_grad()
     def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
@@ -148,22 +166,27 @@ def forward_together(
     input_ids = _joined([group.batch.input_ids for group in groups])  # (B, T)
     last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
     with trunk.turns:
-        packs = [group.pack for group in groups]
-        states = trunk.states(input_ids, packs, rows, _fold_layer(groups))  # (M*B, T, d)
+        packs = [group.model.settled(group.pack, group.batch) for group in groups]
+        stem = groups[0].batch.stem if len(groups) == 1 else None
+        states = trunk.states(input_ids, packs, rows, _fold_layer(groups), stem)  # (M*B, T, d)
         folded = states[torch.arange(len(last), device=last.device), last]  # (M*B, d)
         hidden = unfold(folded, m)  # (M, B, d)
         full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
         return tuple(
-            _answers(group, hidden[:, own], None if full is None else full[:, own])
-            for group, own in zip(groups, _runs(rows), strict=True)
+            _answers(group.model.head, pack, hidden[:, own], None if full is None else full[:, own])
+            for group, pack, own in zip(groups, packs, _runs(rows), strict=True)
         )
 
 
-def _answers(group: PackedRows, hidden: Tensor, full: Tensor | None) -> LabelLogits:
+def _answers(head: LabelHead, pack: SamplePack, hidden: Tensor, full: Tensor | None) -> LabelLogits:
     """Return one group's answers from its hidden states (M, B_g, d) and full logits."""
-    head, m = group.model.head, group.pack.num_samples
-    logits = unfold(head(hidden.flatten(0, 1), group.pack), m)  # (M, B_g, C)
+    logits = unfold(head(hidden.flatten(0, 1), pack), pack.num_samples)  # (M, B_g, C)
     return LabelLogits(logits, None if full is None else head.label_mass(full, logits))
+
+
+def positions_up_to(last_index: Tensor, length: int) -> Tensor:
+    """Return which of ``length`` positions hold tokens of rows padded on the right, (B, T) bool."""
+    return torch.arange(length, device=last_index.device) <= last_index.unsqueeze(1)
 
 
 def _fold_layer(groups: Sequence[PackedRows]) -> int | None:

@@ -42,12 +42,15 @@ class LabelHead(nn.Module):
         self._vocabulary = [head]  # a list keeps the shared module out of this one's own tree
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
-    def forward(self, hidden: Tensor, pack: SamplePack | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, pack: SamplePack | None, offset: Tensor | None = None
+    ) -> Tensor:
         """Return label logits.
 
         Args:
             hidden: Last hidden states (M*B, d), row m*B + b, any float dtype.
             pack: The pack bound in the trunk; its ``lm_head`` module is applied here.
+            offset: (M*B, C) added to the projection's output, where a derivative in it is wanted.
 
         Returns:
             (M*B, C), float32.
@@ -58,7 +61,7 @@ class LabelHead(nn.Module):
             if pack is not None and LM_HEAD in pack.modules:
                 module = pack.modules[LM_HEAD]
                 logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
-        return self._cap(logits)
+        return self._cap(logits if offset is None else logits + offset)
 
     def vocabulary(self, hidden: Tensor) -> Tensor:
         """Return the logits of the frozen output projection, the same for every adapter.

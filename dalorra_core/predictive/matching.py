@@ -46,36 +46,22 @@ def state_of(artifact: Artifact) -> AdapterState:
     """
     manifest = artifact.manifest
     specs = tuple(TargetSpec(m.name, m.d_in, m.d_out, m.layer) for m in manifest.modules)
-    _check_factors(artifact, specs)
-    expected = METHODS[manifest.method.name].init(specs, manifest.r, 0, manifest.method)
+    method = METHODS[manifest.method.name]
+    if manifest.r < 1:
+        raise ArtifactCorruptError(f"{artifact.directory}: r must be at least 1, got {manifest.r}")
+    expected = method.shapes(specs, manifest.r, manifest.method)
     if sorted(expected) != sorted(artifact.tensors):
         missing = sorted(set(expected) ^ set(artifact.tensors))[:5]
         raise ArtifactCorruptError(
             f"{artifact.directory}: tensors do not match the manifest's modules: {missing}"
         )
-    for name, value in expected.items():
-        if value.shape != artifact.tensors[name].shape:
+    for name, shape in expected.items():
+        found = tuple(artifact.tensors[name].shape)
+        if found != shape:
             raise ArtifactCorruptError(
-                f"{artifact.directory}: tensor {name} has shape "
-                f"{tuple(artifact.tensors[name].shape)}, expected {tuple(value.shape)}"
+                f"{artifact.directory}: tensor {name} has shape {found}, expected {shape}"
             )
     return AdapterState(specs, manifest.r, manifest.lora_alpha / manifest.r, artifact.tensors)
-
-
-def _check_factors(artifact: Artifact, specs: tuple[TargetSpec, ...]) -> None:
-    """Refuse sizes that the stored factors do not bear out, before anything is made of that size.
-
-    Whoever can write a manifest could else ask for any amount of memory.
-    """
-    r = artifact.manifest.r
-    for spec in specs:
-        for name, shape in (("lora_A", (r, spec.d_in)), ("lora_B", (spec.d_out, r))):
-            found = artifact.tensors.get(f"{spec.name}.{name}")
-            if r < 1 or found is None or tuple(found.shape) != shape:
-                raise ArtifactCorruptError(
-                    f"{artifact.directory}: tensor {spec.name}.{name} has shape "
-                    f"{None if found is None else tuple(found.shape)}, expected {shape}"
-                )
 
 
 def check_base(artifact: Artifact, base: BaseIdentity) -> None:

@@ -5,18 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.errors import ConfigError
 
-__all__ = ["PACKS_KEPT", "SAMPLES_KEPT", "KeptPacks", "SamplingPlan", "pack_tensors_of"]
+__all__ = ["BYTES_KEPT", "PACKS_KEPT", "SAMPLES_KEPT", "KeptPacks", "SamplingPlan"]
 
 PACKS_KEPT = 8
 """Recent sample packs that an adapter keeps."""
 
 SAMPLES_KEPT = 512
-"""Samples that they may have together, which bounds their memory."""
+"""Samples that they may have together."""
+
+BYTES_KEPT = 2**28
+"""Memory that their own tensors may take together; dense noise is as large as the factors."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,19 @@ class SamplingPlan:
 
 
 class KeptPacks:
-    """The sample packs that one adapter used last; each is drawn once. Any thread may ask."""
+    """The sample packs that one adapter used last; each is drawn once. Any thread may ask.
 
-    def __init__(self, draw: Callable[[SamplingPlan], SamplePack]) -> None:
-        self._draw = draw
+    Args:
+        draw: Draws the pack of a plan.
+        size: Memory of a pack's own tensors, in bytes.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[SamplingPlan], SamplePack],
+        size: Callable[[SamplePack], int] = lambda _: 0,
+    ) -> None:
+        self._draw, self._size = draw, size
         self._packs: dict[SamplingPlan, SamplePack] = {}
         self._lock = threading.Lock()
 
@@ -56,15 +66,14 @@ class KeptPacks:
             found = self._packs.pop(plan, None)
             pack = self._draw(plan) if found is None else found
             self._packs[plan] = pack  # the last one is the one that was used last
-            while len(self._packs) > PACKS_KEPT or self._num_samples() > SAMPLES_KEPT:
+            while self._too_many():
                 self._packs.pop(next(iter(self._packs)))
             return pack
 
-    def _num_samples(self) -> int:
-        return sum(pack.num_samples for pack in self._packs.values())
-
-
-def pack_tensors_of(pack: SamplePack) -> list[Tensor]:
-    """Return all tensors of a pack; factors that samples share are the adapter's own."""
-    found = (t for m in pack.modules.values() for t in (m.lora_A, m.lora_B, m.z))
-    return [tensor for tensor in found if tensor is not None]
+    def _too_many(self) -> bool:
+        packs = self._packs.values()
+        return (
+            len(packs) > PACKS_KEPT
+            or sum(pack.num_samples for pack in packs) > SAMPLES_KEPT
+            or sum(self._size(pack) for pack in packs) > BYTES_KEPT
+        )

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -21,11 +22,12 @@ from dalorra_core.errors import ArtifactCorruptError, GoldenProbeError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.gaussian import score_gaussian
 from dalorra_core.predictive.matching import check_base, state_of
-from dalorra_core.predictive.plan import SAMPLES_KEPT, KeptPacks, SamplingPlan, pack_tensors_of
+from dalorra_core.predictive.plan import BYTES_KEPT, SAMPLES_KEPT, KeptPacks, SamplingPlan
 from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
 from dalorra_core.predictive.shared_base import SharedBase, identify
-from dalorra_core.predictive.tempering import tempered
+from dalorra_core.predictive.tempering import pooled, tempered
 
 __all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
 
@@ -56,14 +58,16 @@ class Predictor:
         self.device, self.dtype, self.deterministic = base.device, base.dtype, deterministic
         self.method = METHODS[manifest.method.name]
         self.max_padded_tokens = max_padded_tokens or padded_token_limit(base.device)
-        self._state = _on_device(state_of(artifact), base.device)
+        state = state_of(artifact)
+        whole = self.method.logit_covariance is not None  # which asks for all of it every time
+        self._state = _on_device(state, base.device, whole=whole)
         self._label_set = LabelSet(manifest.labels.labels, manifest.labels.token_ids)
         self._template = PromptTemplate(
             manifest.prompt.kind, manifest.prompt.name, manifest.prompt.template
         )
         self._tokenizer = base.tokenizer
         self.model = LabelModel(base.trunk, self._state.specs, self._label_set)
-        self._packs = KeptPacks(self._draw)
+        self._packs = KeptPacks(self._draw, self._own_bytes)
 
     @classmethod
     def on(
@@ -149,8 +153,23 @@ class Predictor:
 
     @property
     def point_method(self) -> bool:
-        """True when there is one function only, hence no epistemic part."""
-        return not self.method.stochastic
+        """True when there is one answer only, hence no epistemic part."""
+        return not self.method.stochastic or self._one_answer
+
+    @property
+    def fixed_functions(self) -> int | None:
+        """How many functions there are where that is fixed, as for an ensemble; else None."""
+        return self.method.num_functions(self.manifest.method)
+
+    @property
+    def answers_alone(self) -> bool:
+        """True where rows cannot share a forward pass with those of other adapters."""
+        gaussian = self.method.logit_covariance is not None
+        return self.deterministic or gaussian or self._one_answer
+
+    @property
+    def _one_answer(self) -> bool:
+        return self.method.one_answer(self.manifest.method)
 
     @property
     def temperature(self) -> float:
@@ -184,6 +203,8 @@ class Predictor:
             max_tokens=self.max_tokens,
             truncate=truncate,
             unknown_label="ignore",
+            union=self.manifest.labels.union,
+            append_eos=self.manifest.prompt.append_eos,
         )
 
     def mask_set(self, plan: SamplingPlan) -> str:
@@ -195,14 +216,17 @@ class Predictor:
         return f"ms_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def num_functions(self, plan: SamplingPlan) -> int:
-        """Return how many samples ``plan`` really runs: M, or 1 for a deterministic pass."""
+        """Return how many functions answer under ``plan``: M, or 1 for a deterministic pass."""
         effective = self._effective(plan)
         return effective.num_samples if effective.estimator == "monte_carlo" else 1
 
     def _effective(self, plan: SamplingPlan) -> SamplingPlan:
-        """A point method has one function, whatever was asked for."""
-        deterministic = plan.estimator == "mean_mask" or self.point_method
-        return SamplingPlan(1, 0, "mean_mask", plan.design) if deterministic else plan
+        """Some methods have one function, or a certain number of them, whatever was asked for."""
+        if plan.estimator == "mean_mask" or self.point_method:
+            return SamplingPlan(1, 0, "mean_mask", plan.design)
+        if self.fixed_functions is not None:
+            return SamplingPlan(self.fixed_functions, 0, plan.estimator, plan.design)
+        return plan
 
     def pack(self, plan: SamplingPlan) -> SamplePack:
         """Return the sample pack of ``plan``, drawn once and kept (a few recent ones)."""
@@ -223,15 +247,23 @@ class Predictor:
 
         The tensors of its artifact (with their copies on the device, where that is another one),
         its rows of the output projection, and the most that kept sample packs may take: each
-        sample's own tensors, such as gates, times ``SAMPLES_KEPT``.
+        sample's own tensors, such as gates, times ``SAMPLES_KEPT`` or the number there is, and not
+        above ``BYTES_KEPT``.
         """
         head = self.model.head
         scores = self.artifact.calibration_scores or {}
         tensors = [*self._state.params.values(), *self.artifact.tensors.values(), *scores.values()]
         kept = {t.data_ptr(): t.nbytes for t in (*tensors, head.weight, head.token_ids)}
         pack = self.pack(self.default_plan)
-        own = sum(t.nbytes for t in pack_tensors_of(pack) if t.data_ptr() not in kept)
-        return sum(kept.values()) + own * SAMPLES_KEPT // pack.num_samples
+        most = SAMPLES_KEPT if self.fixed_functions is None else self.fixed_functions
+        own = self._own_bytes(pack) * most // pack.num_samples
+        return sum(kept.values()) + min(own, BYTES_KEPT)
+
+    def _own_bytes(self, pack: SamplePack) -> int:
+        """Return the memory of a pack's tensors that are not the adapter's own, in bytes."""
+        shared = {t.untyped_storage().data_ptr() for t in self._state.params.values()}
+        own = (t for t in pack.tensors() if t.untyped_storage().data_ptr() not in shared)
+        return sum(t.nbytes for t in own)
 
     def predict(
         self,
@@ -254,21 +286,41 @@ class Predictor:
             wanted: Asked before every forward pass whether somebody still waits for the row at
                 this place; see ``score_together``.
         """
-        pack = self.pack(plan if plan is not None else self.default_plan)
+        score = self._scorer(self._effective(plan if plan is not None else self.default_plan))
         parts = [
-            score_rows(
-                self.model,
-                pack,
+            score(
                 rows[start:stop],
-                num_labels=len(self.labels),
-                max_padded_tokens=self.max_padded_tokens,
                 label_mass=label_mass,
                 on_progress=on_progress,
                 wanted=None if wanted is None else _from(start, wanted),
             )
             for start, stop in self._runs(len(rows))
         ]
-        return tempered(joined(parts), self.temperature if calibrated else 1.0)
+        found = pooled(joined(parts)) if self._one_answer else joined(parts)
+        return tempered(found, self.temperature if calibrated else 1.0)
+
+    def _scorer(self, plan: SamplingPlan) -> Callable[..., Prediction]:
+        """Return the function that answers rows under an effective plan."""
+        covariance = self.method.logit_covariance
+        if covariance is None or (plan.estimator == "mean_mask" and not self._one_answer):
+            return partial(
+                score_rows,
+                self.model,
+                self.pack(plan),
+                num_labels=len(self.labels),
+                max_padded_tokens=self.max_padded_tokens,
+            )
+        return partial(
+            score_gaussian,
+            self.model,
+            self.pack(replace(plan, estimator="mean_mask")),
+            modules=self.method.gradient_modules(self._state.specs, self.manifest.method),
+            covariance=partial(covariance, self._state, self.manifest.method),
+            draw=None
+            if self._one_answer
+            else Draw((self.artifact.sha256, plan.seed), plan.num_samples),
+            max_padded_tokens=self.max_padded_tokens,
+        )
 
     def _runs(self, count: int) -> list[tuple[int, int]]:
         """Return the runs of rows that may share a forward pass: (start, stop)."""
@@ -326,13 +378,13 @@ class Predictor:
         return worst
 
 
-def _on_device(state: AdapterState, device: torch.device) -> AdapterState:
-    """Return a state whose factors are on the device, once for all packs.
+def _on_device(state: AdapterState, device: torch.device, *, whole: bool) -> AdapterState:
+    """Return a state whose factors, or the whole of it, are on the device, once for all packs.
 
     The rest stays on the CPU: gates are drawn there, so that they are the same on every device.
     """
     moved = {
-        name: value.to(device) if name.endswith((".lora_A", ".lora_B")) else value
+        name: value.to(device) if whole or name.endswith((".lora_A", ".lora_B")) else value
         for name, value in state.params.items()
     }
     return replace(state, params=moved)

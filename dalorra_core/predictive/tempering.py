@@ -1,4 +1,4 @@
-"""Softmax temperature: soften or sharpen every sample by one number."""
+"""Softmax temperature, which softens or sharpens every sample; and the mean of their logits."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dalorra_core.predictive.scoring import Prediction
 
-__all__ = ["temper", "tempered"]
+__all__ = ["pooled", "temper", "tempered"]
 
 
 def temper(log_probs: Tensor, temperature: float) -> Tensor:
@@ -34,3 +34,13 @@ def temper(log_probs: Tensor, temperature: float) -> Tensor:
 def tempered(prediction: Prediction, temperature: float) -> Prediction:
     """Return a prediction with every sample tempered; the label mass is not touched."""
     return replace(prediction, log_probs=temper(prediction.log_probs, temperature))
+
+
+def pooled(prediction: Prediction) -> Prediction:
+    """Return one answer for each row, the softmax of the mean logits of all samples.
+
+    That is the normalised geometric mean of their probabilities: what the samples agree on, with
+    nothing left of their disagreement.
+    """
+    mean = prediction.log_probs.mean(0, keepdim=True)  # logits up to a constant; -inf stays -inf
+    return replace(prediction, log_probs=mean.log_softmax(-1))

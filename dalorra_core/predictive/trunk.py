@@ -1,6 +1,8 @@
 """What all adapters of one base model share: its layers, and who uses them now."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from dalorra_core.adapters.pack import SamplePack, fold
 from dalorra_core.predictive.fork import folded_at
 from dalorra_core.predictive.turns import Turns
 
-__all__ = ["Trunk"]
+__all__ = ["Trunk", "starting_at"]
 
 
 class Trunk:
@@ -46,6 +48,7 @@ class Trunk:
         packs: Sequence[SamplePack],
         rows: Sequence[int],
         fold_layer: int | None,
+        stem: Tensor | None = None,
     ) -> Tensor:
         """Return the last hidden states; to be called inside ``turns``.
 
@@ -54,15 +57,42 @@ class Trunk:
             packs: At least one; all of equal M.
             rows: Rows of each pack, when there are several; they sum to B.
             fold_layer: Layer at whose input the samples are folded in; None: before the decoder.
+            stem: (B, T, d) states at the input of that layer, where they are known: the layers
+                below are not run.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
         m = packs[0].num_samples
+        lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
+        if stem is not None and fold_layer is not None:
+            with lent, starting_at(self.decoder, fold_layer):
+                begun = self.decoder(inputs_embeds=fold(stem, m), use_cache=False)
+                return begun.last_hidden_state
         ids = input_ids if fold_layer is not None else fold(input_ids, m)
-        with (
-            self.binding.bind(*packs, rows=rows if len(packs) > 1 else ()),
-            folded_at(self.decoder, fold_layer, m),
-        ):
+        with lent, folded_at(self.decoder, fold_layer, m):
             states: Tensor = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
             return states
+
+
+class _Skipped(nn.Module):
+    """Stands in a layer's place, so that the others keep their numbers, and hands its input on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)  # some decoders ask for it
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+
+@contextmanager
+def starting_at(decoder: nn.Module, layer: int) -> Iterator[None]:
+    """Leave out the layers below one, inside the block: what goes in are that layer's inputs."""
+    layers: Any = decoder.layers
+    below, rest = layers[:layer], layers[layer:]
+    decoder.layers = nn.ModuleList([*(_Skipped(one) for one in below), *rest])
+    try:
+        yield
+    finally:
+        decoder.layers = layers

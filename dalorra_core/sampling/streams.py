@@ -9,8 +9,9 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
-__all__ = ["permutation", "uniforms"]
+__all__ = ["normals", "permutation", "stream_seed", "uniforms"]
 
 _MANTISSA_BITS = 53
 _LARGEST = 1.0 - 0.5**_MANTISSA_BITS
@@ -41,6 +42,17 @@ def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
     return np.minimum((counts + 0.5) / 2**_MANTISSA_BITS, _LARGEST)
 
 
+def normals(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
+    """Return ``size`` independent standard normal numbers: the quantiles of ``uniforms``.
+
+    Args:
+        key: Name of the stream; shares its numbers with ``uniforms`` of the same name.
+        size: How many numbers; a longer draw begins with the shorter one.
+    """
+    drawn: NDArray[np.float64] = ndtri(uniforms(key, size))
+    return drawn
+
+
 def permutation(key: tuple[str | int, ...], size: int) -> NDArray[np.intp]:
     """Return a uniformly random permutation of 0 .. size-1, fixed by ``key``.
 
@@ -48,3 +60,12 @@ def permutation(key: tuple[str | int, ...], size: int) -> NDArray[np.intp]:
     """
     words = np.atleast_1d(_bit_generator(key).random_raw(size))
     return np.argsort(words, kind="stable")
+
+
+def stream_seed(key: tuple[str | int, ...]) -> int:
+    """Return the seed, in 0 .. 2^64 - 1, of a stream that is drawn elsewhere than here.
+
+    Args:
+        key: Name of the stream.
+    """
+    return int(np.atleast_1d(_bit_generator(key).random_raw(1))[0])

@@ -49,7 +49,7 @@ class Checkpoint:
     ) -> dict[str, Tensor]:
         """Return the optimiser's moments under the names of ``params``."""
         return {
-            f"{name}/{moment}": optimizer.state[value][moment].detach().cpu()
+            f"{name}/{moment}": optimizer.state[value][moment].detach().cpu().contiguous()
             for name, value in params.items()
             for moment in _MOMENTS
             if value in optimizer.state

@@ -7,21 +7,21 @@ state of a run is its step count, its parameters and Adam's moments.
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_linear_schedule_with_warmup
 
 from dalorra_core.adapters.state import AdapterState
-from dalorra_core.config import TrainConfig
+from dalorra_core.config import OptimConfig
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate, length_buckets
 from dalorra_core.errors import ConfigError, DalorraError
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.scoring import padded_token_limit, score_rows
+from dalorra_core.predictive.stem import StemStates, stem_states
 from dalorra_core.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -31,9 +31,11 @@ from dalorra_core.training.checkpoint import (
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.prepare import TrainingData, rows_digest
 from dalorra_core.training.progress import Progress
+from dalorra_core.training.settings import TrainConfig
 from dalorra_core.training.step import StepLoss, TrainStep
+from dalorra_core.training.updates import Updater
 
-__all__ = ["TrainingResult", "micro_batches", "train"]
+__all__ = ["TrainingResult", "last_step", "micro_batches", "train"]
 
 _LOG_EVERY = 10
 
@@ -56,21 +58,63 @@ class TrainingResult:
 
 
 def micro_batches(
-    lengths: Sequence[int], *, batch_size: int, seed: int, start: int, stride: int = 1
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stride: int = 1,
+    shuffle: bool = True,
 ) -> Iterator[list[int]]:
     """Yield the row indices of batch ``start``, ``start + stride`` ... for ever.
 
     Batch k of the endless sequence of epochs is the same whoever asks for it, so a resumed run
-    and every process of a distributed run find their place by arithmetic.
+    and every process of a distributed run find their place by arithmetic. Without ``shuffle`` every
+    epoch is the rows in their order, the last incomplete batch left out.
     """
-    per_epoch = -(-len(lengths) // batch_size)
-    epoch, batches, k = -1, [], start
+    per_epoch = _batches_per_epoch(len(lengths), batch_size, shuffle=shuffle)
+    in_order = [list(range(k * batch_size, (k + 1) * batch_size)) for k in range(per_epoch)]
+    epoch, batches, k = -1, in_order, start
     while True:
-        if k // per_epoch != epoch:
+        if shuffle and k // per_epoch != epoch:
             epoch = k // per_epoch
             batches = length_buckets(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
         yield batches[k % per_epoch]
         k += stride
+
+
+def _batches_per_epoch(num_rows: int, batch_size: int, *, shuffle: bool) -> int:
+    if not shuffle and num_rows < batch_size:
+        raise ConfigError(
+            f"data.no_shuffle leaves incomplete batches out: optim.batch_size must be at most the "
+            f"{num_rows} training rows, got {batch_size}"
+        )
+    return -(-num_rows // batch_size) if shuffle else num_rows // batch_size
+
+
+def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool, num_processes: int = 1) -> int:
+    """Return the step after which training ends.
+
+    Args:
+        optim: ``steps``, or with ``run_to_epoch_end`` the end of the epoch that its last step is
+            in; the learning rate is 0 there, so only what does not follow it can move.
+        num_rows: Training rows.
+        shuffle: Whether an epoch has its last incomplete batch.
+        num_processes: Processes that share the batches.
+
+    Source:
+        methods.md 1.7: published runs have ceil(steps / floor(N / b)) epochs.
+
+    Example:
+        >>> last_step(OptimConfig(run_to_epoch_end=True), 640, shuffle=False)
+        5120
+    """
+    if not optim.run_to_epoch_end:
+        return optim.steps
+    per_epoch = _batches_per_epoch(num_rows, optim.batch_size, shuffle=shuffle)
+    per_step = optim.gradient_accumulation * num_processes
+    epochs = -(-optim.steps * per_step // per_epoch)
+    return -(-epochs * per_epoch // per_step)
 
 
 def train(
@@ -97,34 +141,16 @@ def train(
             another configuration.
         DalorraError: If the loss stops being finite.
     """
-    groups = module.method.param_groups(module.state, config.optim, config.method)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [module.params[name] for name in group.names],
-                "lr": group.lr,
-                "initial_lr": group.lr,  # the schedule asks for it when it starts in the middle
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        eps=config.optim.eps,
-        fused=True,
-    )
+    updater = Updater(module, config.optim, accelerator)
     identity = _identity(config, data)
-    done = _restore(module, optimizer, identity, run_dir, resume=resume)
-    warmup = int(config.optim.warmup_ratio * config.optim.steps)
-    schedule = get_linear_schedule_with_warmup(
-        optimizer, warmup, config.optim.steps, last_epoch=done - 1
-    )
-    wrapped, prepared = accelerator.prepare(module, optimizer)
-    run = _Run(module, wrapped, prepared, schedule, data, config, run_dir, accelerator)
+    done = _restore(module, updater.adamw, identity, run_dir, resume=resume)
+    run = _Run(module, updater, data, config, run_dir, accelerator, done)
     started = time.monotonic()
-    with Progress(config.optim.steps, done, enabled=accelerator.is_main_process) as progress:
-        run.steps(done, progress)
+    with Progress(run.last, done, enabled=accelerator.is_main_process) as progress:
+        run.steps(progress)
     params = {name: value.detach().cpu().clone() for name, value in module.params.items()}
     state = AdapterState(module.state.specs, module.state.r, module.state.scaling, params)
-    return TrainingResult(state, config.optim.steps, time.monotonic() - started, done)
+    return TrainingResult(state, run.last, time.monotonic() - started, done)
 
 
 def _identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
@@ -159,21 +185,29 @@ class _Run:
     def __init__(  # noqa: PLR0913, PLR0917  a plain bundle of the loop's parts
         self,
         module: TrainStep,
-        wrapped: torch.nn.Module,
-        optimizer: Any,
-        schedule: Any,
+        updater: Updater,
         data: TrainingData,
         config: TrainConfig,
         run_dir: Path,
         accelerator: Accelerator,
+        done: int,
     ) -> None:
-        self.module, self.wrapped = module, wrapped
-        self.optimizer, self.schedule = optimizer, schedule
+        self.module, self.updater = module, updater
+        self.wrapped = updater.prepare(done)
         self.data, self.config, self.run_dir = data, config, run_dir
-        self.accelerator = accelerator
+        self.accelerator, self.done = accelerator, done
         self.num_labels = len(data.label_set.labels)
+        self.stems: StemStates | None = None
+        self.shuffle = not config.data.no_shuffle
+        self.last = last_step(
+            config.optim,
+            len(data.train),
+            shuffle=self.shuffle,
+            num_processes=accelerator.num_processes,
+        )
 
-    def steps(self, done: int, progress: Progress) -> None:
+    def steps(self, progress: Progress) -> None:
+        done = self.done
         optim, world = self.config.optim, self.accelerator.num_processes
         rank = self.accelerator.process_index
         batches = micro_batches(
@@ -182,33 +216,36 @@ class _Run:
             seed=self.config.run.seed,
             start=done * optim.gradient_accumulation * world + rank,
             stride=world,
+            shuffle=self.shuffle,
         )
-        for step in range(done, optim.steps):
+        visits = (self.last - done) * optim.gradient_accumulation * optim.batch_size
+        if visits > len(self.data.train):  # fewer would not pay for the pass that finds them
+            self.stems = stem_states(self.module.label_model, self.data.train)
+        for step in range(done, self.last):
             tokens, loss = 0, None
-            for _ in range(optim.gradient_accumulation):
+            for number in range(optim.gradient_accumulation):
                 batch = self._batch(next(batches))
                 tokens += batch.num_tokens * world
-                loss = self._micro_step(batch, step)
+                loss = self._micro_step(batch, step, number * world + rank)
             progress.advance(tokens)
             self._after_step(step + 1, cast("StepLoss", loss), progress)
 
     def _batch(self, indices: list[int]) -> TokenBatch:
         rows = [self.data.train[i] for i in indices]
-        return collate(rows, num_labels=self.num_labels).to(self.accelerator.device)
+        batch = collate(rows, num_labels=self.num_labels)
+        if self.stems is not None:
+            batch = replace(batch, stem=self.stems.of(indices))
+        return batch.to(self.accelerator.device)
 
-    def _micro_step(self, batch: TokenBatch, step: int) -> StepLoss:
+    def _micro_step(self, batch: TokenBatch, step: int, part: int) -> StepLoss:
         with self.accelerator.accumulate(self.wrapped):
             with self.accelerator.autocast():
-                out: StepLoss = self.wrapped(batch, step)
-            self.accelerator.backward(out.loss)
-            self.optimizer.step()
-            if self.accelerator.sync_gradients:
-                self.schedule.step()
-            self.optimizer.zero_grad()
+                out: StepLoss = self.wrapped(batch, step, part)
+            self.updater.apply(out, step)
         return out
 
     def _after_step(self, step: int, loss: StepLoss, progress: Progress) -> None:
-        run, last = self.config.run, step == self.config.optim.steps
+        run, last = self.config.run, step == self.last
         if step % _LOG_EVERY == 0 or last:
             self._log(step, loss, progress)
         if (step % run.checkpoint_every == 0 or last) and self.accelerator.is_main_process:
@@ -269,14 +306,13 @@ class _Run:
                 f"step {step}: a parameter is not finite. Lower optim.lr or method.mask_lr; the "
                 "last checkpoint is intact"
             )
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         save_checkpoint(
             self.run_dir / "checkpoints",
             Checkpoint(
                 step,
                 _identity(self.config, self.data),
                 self.module.params,
-                Checkpoint.of_optimizer(optimizer, self.module.params),
+                Checkpoint.of_optimizer(self.updater.adamw, self.module.params),
             ),
         )
 

@@ -28,22 +28,25 @@ from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.calibration.policy import choose_thresholds
-from dalorra_core.config import TrainConfig
 from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods import METHODS
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.matching import tokenizer_sha256
 from dalorra_core.predictive.predictor import Predictor
+from dalorra_core.predictive.shared_base import identify
 from dalorra_core.predictive.trunk import Trunk
 from dalorra_core.training.evaluation import evaluate, json_number
-from dalorra_core.training.loop import TrainingResult, train
+from dalorra_core.training.existing import check_is_fitted, load_trained
+from dalorra_core.training.loop import TrainingResult
+from dalorra_core.training.members import fit_after_training, train_members
 from dalorra_core.training.prepare import (
     TrainingData,
     prepare_training_data,
     rows_digest,
 )
-from dalorra_core.training.step import TrainStep
+from dalorra_core.training.settings import TrainConfig
 
 __all__ = ["TARGET_SELECTIVE_RISK", "run_training"]
 
@@ -59,13 +62,14 @@ class _Base:
     tokenizer: Any
 
 
-def run_training(
+def run_training(  # noqa: PLR0913  options by name
     config: TrainConfig,
     output: Path,
     run_dir: Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    from_adapter: Path | None = None,
     report: Any = print,
 ) -> Path:
     """Train, evaluate on the held-out split, choose a policy and write the artifact.
@@ -76,6 +80,8 @@ def run_training(
         run_dir: Checkpoints and logs; kept after the run.
         resume: Continue from the newest checkpoint of ``run_dir``.
         overwrite: Replace an existing artifact at ``output``.
+        from_adapter: Artifact of the adapter that this run would train first, for a method that
+            is fitted afterwards; None trains it.
         report: Called with lines for the user.
 
     Returns:
@@ -87,20 +93,31 @@ def run_training(
     """
     if output.exists() and not overwrite:
         raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
+    if from_adapter is not None:
+        check_is_fitted(config)
     directory = resolve_base_model(config.base)
     base = _Base(directory, load_tokenizer(directory))
     data = prepare_training_data(config.data, base.tokenizer)
-    module, specs = _build(config, base, data)
-    report(_opening(config, data, module))
+    label_model, specs = _build(config, base, data)
+    METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
+    origin: dict[str, JsonValue] = {}
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config, run_dir)
-    result = train(module, data, config, run_dir, accelerator, resume=resume)
+    if from_adapter is None:
+        result = train_members(
+            label_model, specs, data, config, run_dir, accelerator, resume=resume, report=report
+        )
+    else:
+        identity = identify(base.directory)
+        stored, result = load_trained(from_adapter, config, identity, data, specs)
+        origin = {"from_adapter": {"name": stored.manifest.name, "sha256": stored.sha256}}
     accelerator.end_training()
     if accelerator.is_main_process:
-        manifest = _manifest(config, base, data, specs, result)
+        result = fit_after_training(label_model, data, config, result, report)
+        manifest = _manifest(config, base, data, specs, result, origin)
         staged = run_dir / "artifact"  # nobody sees an adapter without its policy and probes
         save_artifact(staged, manifest, pack_tensors(result.state.params), overwrite=True)
-        del module
+        del label_model
         updated = _finish(staged, config, base, data, report)
         tensors = pack_tensors(load_artifact(staged).tensors)
         save_artifact(output, updated, tensors, overwrite=overwrite)
@@ -127,34 +144,13 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
 
 def _build(
     config: TrainConfig, base: _Base, data: TrainingData
-) -> tuple[TrainStep, tuple[TargetSpec, ...]]:
+) -> tuple[LabelModel, tuple[TargetSpec, ...]]:
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.precision, device)
     model = load_model(base.directory, device, dtype, config.run.attention)
     found = find_targets(model, config.adapter.target_modules, config.adapter.layers)
     specs = label_rows_only(found, len(data.label_set.labels))
-    module = TrainStep(
-        LabelModel(Trunk(model), specs, data.label_set),
-        specs,
-        config.adapter,
-        config.method,
-        num_examples=len(data.train),
-        seed=config.run.seed,
-    ).to(device)
-    return module, specs
-
-
-def _opening(config: TrainConfig, data: TrainingData, module: TrainStep) -> str:
-    trainable = sum(p.numel() for p in module.params.values())
-    tokens = sum(len(r.token_ids) for r in data.train)
-    epochs = (
-        config.optim.steps * config.optim.batch_size * config.optim.gradient_accumulation
-    ) / len(data.train)
-    return (
-        f"{config.method.name} on {config.base}: {len(data.train)} rows ({tokens} tokens), "
-        f"{len(data.label_set.labels)} labels, {len(module.state.specs)} adapted modules, "
-        f"{trainable} trained parameters, {config.optim.steps} steps = {epochs:.1f} epochs"
-    )
+    return LabelModel(Trunk(model), specs, data.label_set), specs
 
 
 def _manifest(
@@ -163,6 +159,7 @@ def _manifest(
     data: TrainingData,
     specs: tuple[TargetSpec, ...],
     result: TrainingResult,
+    origin: dict[str, JsonValue],
 ) -> Manifest:
     return Manifest(
         name=config.name,
@@ -181,6 +178,7 @@ def _manifest(
             labels=data.label_set.labels,
             token_ids=data.label_set.token_ids,
             out_of_scope_label=config.data.out_of_scope_label,
+            union=data.union,
         ),
         prompt=PromptRef(
             kind=data.template.kind,
@@ -188,9 +186,10 @@ def _manifest(
             template=data.template.template,
             sha256=data.template.sha256,
             max_tokens=config.data.max_tokens,
+            append_eos=config.data.append_eos,
         ),
         predictive=config.predictive,
-        provenance=_provenance(config, data, result),
+        provenance=_provenance(config, data, result) | origin,
         files={},
     )
 
@@ -200,6 +199,7 @@ def _provenance(
 ) -> dict[str, JsonValue]:
     settings = config.model_dump(mode="json")
     settings["data"]["source"] = Path(config.data.source).name  # a name, not a place on a disk
+    settings["data"]["root"] = Path(config.data.root).name
     settings["base"] = Path(config.base).name if Path(config.base).is_dir() else config.base
     return {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -238,7 +238,7 @@ def _finish(
         labels = torch.tensor([row.label for row in data.validation])
         metrics = evaluate(log_probs, labels).metrics
         provenance["validation"] = {name: json_number(e.value) for name, e in metrics.items()}
-        policies = (default_policy(predictor, log_probs, labels, config.data.validation_split),)
+        policies = (default_policy(predictor, log_probs, labels, data.validation_name),)
         report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
     if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
         predictor = Predictor.load(

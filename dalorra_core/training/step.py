@@ -1,16 +1,18 @@
-"""One training step: draw gates, bind, forward at the last position, negative ELBO."""
+"""One training step: draw a pack, bind, forward at the last position, loss and divergences."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dalorra_core.adapters.inject import TargetSpec
+from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
-from dalorra_core.config import AdapterConfig, MethodConfig
+from dalorra_core.config import AdapterConfig, MethodSettings, OptimConfig
 from dalorra_core.data.collate import TokenBatch
 from dalorra_core.methods import METHODS, Method
-from dalorra_core.methods.method import Draw
+from dalorra_core.methods.method import Draw, TrainingPoint
 from dalorra_core.objectives.elbo import KlTerm, mean_nll, neg_elbo
 from dalorra_core.predictive.forward import LabelModel
 
@@ -24,35 +26,45 @@ class StepLoss:
     """Terms of one step's loss, in nats per example.
 
     Attributes:
-        loss: The negative ELBO, with gradient.
+        data_loss: The method's loss on the data, with gradient.
         nll: Mean negative log-likelihood over the label subset.
-        kl_terms: Each KL, unweighted and summed over the posterior, with its factor.
+        kl_terms: Each divergence, unweighted, with its factor.
+        pack: The samples that the forward pass used.
     """
 
-    loss: Tensor
+    data_loss: Tensor
     nll: Tensor
     kl_terms: Mapping[str, KlTerm]
+    pack: SamplePack
+
+    @property
+    def loss(self) -> Tensor:
+        """Data loss plus weighted divergences, with gradient."""
+        return neg_elbo(self.data_loss, self.kl_terms)
 
 
 class TrainStep(nn.Module):
     """The trainable parameters around a frozen label model, as accelerate wants them: a module."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  all by name
         self,
         model: LabelModel,
         specs: tuple[TargetSpec, ...],
         adapter: AdapterConfig,
-        method_config: MethodConfig,
+        method_config: MethodSettings,
         *,
+        optim: OptimConfig,
         num_examples: int,
         seed: int,
+        num_processes: int = 1,
     ) -> None:
         super().__init__()
         self.label_model = model
         self.method: Method = METHODS[method_config.name]
         self.method_config = method_config
         self._specs, self._adapter = specs, adapter
-        self._num_examples, self._seed = num_examples, seed
+        self._optim, self._num_examples, self._seed = optim, num_examples, seed
+        self._num_processes = num_processes
         initial = self.method.init(specs, adapter.r, seed, method_config)
         self.adapter = nn.ParameterDict(
             {name.replace(".", _SEPARATOR): nn.Parameter(value) for name, value in initial.items()}
@@ -68,17 +80,35 @@ class TrainStep(nn.Module):
         """The adapter as the method's functions see it."""
         return AdapterState(self._specs, self._adapter.r, self._adapter.scaling, self.params)
 
-    def forward(self, batch: TokenBatch, step: int) -> StepLoss:
-        """Return the loss of ``batch`` under the gates of optimiser step ``step``.
+    def forward(self, batch: TokenBatch, step: int, part: int = 0) -> StepLoss:
+        """Return the loss of ``batch`` under the samples of optimiser step ``step``.
 
-        The gates are named by (run seed, step) alone: micro-batches of one step and the processes
+        The samples are named by (run seed, step) alone: micro-batches of one step and the processes
         of a distributed run share them, and a resumed run draws what the first would have drawn.
+        ``part`` tells those apart for noise that each row has for itself.
         """
-        state = self.state
-        samples = self.method.num_train_samples(self.method_config)
-        draw = Draw(("train", self._seed, step), samples)
-        pack = self.method.train_pack(state, self.method_config, draw)
+        state, config = self.state, self.method_config
+        draw = Draw(self._key(step), self.method.num_train_samples(config), part)
+        pack = self.label_model.settled(self.method.train_pack(state, config, draw), batch)
         logits = self.label_model(batch, pack).logits  # (S, B, C)
-        nll = mean_nll(logits, batch.labels, batch.allowed)
-        kl_terms = self.method.kl_terms(state, self.method_config, self._num_examples)
-        return StepLoss(neg_elbo(nll, kl_terms), nll.detach(), kl_terms)
+        data_loss = self.method.data_loss(logits, batch.labels, batch.allowed, config)
+        nll = mean_nll(logits.detach(), batch.labels, batch.allowed)
+        # Those that have a step of their own are computed again for it; these are for the log.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.method.divergence_apart):
+            kl_terms = self.divergences(step, pack)
+        return StepLoss(data_loss, nll, kl_terms, pack)
+
+    def divergences(self, step: int, pack: SamplePack) -> Mapping[str, KlTerm]:
+        """Return the method's divergences at the parameters as they are now.
+
+        Args:
+            step: Optimiser steps already taken.
+            pack: The samples of the forward pass.
+        """
+        optim = self._optim
+        batch_size = optim.batch_size * optim.gradient_accumulation * self._num_processes
+        point = TrainingPoint(step, optim.steps, self._num_examples, batch_size, self._key(step))
+        return self.method.kl_terms(self.state, self.method_config, point, pack)
+
+    def _key(self, step: int) -> tuple[str | int, ...]:
+        return ("train", self._seed, step)

@@ -50,7 +50,7 @@ def adapter_card(predictor: Predictor, selftest_error: float) -> AdapterCard:
         base_fingerprint=manifest.base.fingerprint,
         max_tokens=predictor.max_tokens,
         defaults=Sampling(
-            num_samples=1 if point else plan.num_samples,
+            num_samples=predictor.num_functions(plan),
             seed=plan.seed,
             estimator=plan.estimator,
             design=plan.design,
@@ -69,6 +69,7 @@ def adapter_card(predictor: Predictor, selftest_error: float) -> AdapterCard:
         manifest_sha256=predictor.artifact.manifest_sha256,
         deterministic=predictor.deterministic,
         threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
+        fixed_functions=None if point else predictor.fixed_functions,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

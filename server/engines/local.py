@@ -161,11 +161,13 @@ class LocalEngine:
         except (InputError, DataError) as error:
             raise RowRejectedError(str(error)) from None
         names = loaded.predictor.labels
-        labels = (
+        own = (
             tuple(choice.label for choice in question.choices)
             if isinstance(question, ChoiceQuestion)
-            else names
+            else ()
         )
+        scored = names if example.allowed is None else [names[i] for i in example.allowed]
+        labels = (*own, *(label for label in scored if label not in own))
         row = Row(example, labels, tuple(names.index(label) for label in labels), loaded)
         return EncodedRow(len(example.token_ids), example.truncated, row)
 

@@ -108,7 +108,7 @@ class AdapterCard:
         kind: Whether it answers texts or multiple-choice questions.
         labels: All labels, in label order.
         method: How uncertainty enters it, such as ``dalorra`` or ``mle``.
-        point_method: True when there is one function only, so no epistemic scores.
+        point_method: True when there is one answer only, so no epistemic scores.
         base: Public name of the base model.
         base_fingerprint: sha256 over the base model's tensors.
         max_tokens: The most tokens one prompt may have.
@@ -131,6 +131,8 @@ class AdapterCard:
         threads: Threads of one forward pass on a CPU, which its last digits depend on; 0 when the
             engine does not say.
         load_id: Tells two loads of the same tensors apart; the engine sets it.
+        fixed_functions: How many functions there are, such as the members of an ensemble; None when
+            any number of them may be sampled, and for point methods.
     """
 
     name: str
@@ -158,6 +160,7 @@ class AdapterCard:
     deterministic: bool = False
     threads: int = 0
     load_id: str = ""
+    fixed_functions: int | None = None
 
     @property
     def key(self) -> str:

@@ -46,11 +46,11 @@ def present_rows(request: ClassifyRequest, outcome: Outcome) -> list[Row]:
 
 
 def sampling_card(sampling: Sampling, card: AdapterCard, mask_set: str | None) -> SamplingCard:
-    """Return what was sampled; a single function has no seed."""
-    single = card.point_method or sampling.estimator == "mean_mask"
+    """Return what was sampled; functions that are not drawn have no seed."""
+    drawn = not card.point_method and card.fixed_functions is None
     return SamplingCard(
         num_samples=sampling.passes,
-        seed=None if single else sampling.seed,
+        seed=sampling.seed if drawn and sampling.estimator == "monte_carlo" else None,
         mask_set=mask_set,
         estimator=sampling.estimator,
         design=sampling.design,
@@ -81,7 +81,9 @@ def model_card(card: AdapterCard, settings: Settings, *, model_id: str, created:
             max_rows=settings.max_rows,
             max_text_chars=settings.max_text_chars,
             max_tokens=card.max_tokens,
-            max_num_samples=1 if card.point_method else settings.max_num_samples,
+            max_num_samples=1
+            if card.point_method
+            else card.fixed_functions or settings.max_num_samples,
             max_body_bytes=settings.max_body_bytes,
         ),
         selftest_max_abs_error=card.selftest_max_abs_error,

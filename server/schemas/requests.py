@@ -151,7 +151,8 @@ class ClassifyRequest(VllmFields):
         default=None,
         description=(
             "M, the posterior samples that are averaged; the adapter's own number if left out. "
-            "Only 1 with `mean_mask` and for methods that do not sample."
+            "Only 1 with `mean_mask` and for methods that do not sample; only the number of "
+            "functions where that is fixed, as for an ensemble."
         ),
     )
     estimator: Literal["monte_carlo", "mean_mask"] | None = Field(

@@ -112,7 +112,7 @@ class SamplingCard(Body):
     """What was sampled. Send the same values again for the same answer."""
 
     num_samples: int
-    seed: int | None = Field(description="Null when nothing was sampled.")
+    seed: int | None = Field(description="Null when nothing was drawn.")
     mask_set: str | None = Field(description="Id of the sample set; null when nothing was sampled.")
     estimator: Literal["monte_carlo", "mean_mask"]
     design: str

@@ -10,7 +10,14 @@ import pytest
 from server.parsing import MAX_FAULTS
 from server.ports import Limit
 from tests.support.api import Api, async_test, running
-from tests.support.fake_engine import POLICY, QUIZ, TOPICS, TOPICS_POINT, FakeEngine
+from tests.support.fake_engine import (
+    POLICY,
+    QUIZ,
+    TOPICS,
+    TOPICS_ENSEMBLE,
+    TOPICS_POINT,
+    FakeEngine,
+)
 
 JSON = {"content-type": "application/json"}
 QUESTION = {"question": "which", "choices": ["trout", "whale"]}
@@ -555,6 +562,22 @@ async def test_several_samples_of_a_point_method() -> None:
         body = check_problem(response, 422, "invalid_request")
         assert "does not sample" in body["detail"]
         assert (await api.classify({"input": "x", "num_samples": 1})).status_code == 200
+
+
+@async_test
+async def test_another_number_of_samples_than_an_ensemble_has_members() -> None:
+    async with running(FakeEngine(TOPICS_ENSEMBLE)) as api:
+        for wrong in (1, 2, 4):
+            response = await api.classify({"input": "x", "num_samples": wrong})
+            body = check_problem(response, 422, "invalid_request")
+            assert "has 3 functions (method ensemble)" in body["detail"]
+            fault = {"pointer": "#/num_samples", "limit": 3, "actual": wrong}
+            assert fault.items() <= body["errors"][0].items()
+        one_pass = {"input": "x", "estimator": "mean_mask"}
+        response = await api.classify({**one_pass, "num_samples": 3})
+        assert "deterministic pass" in check_problem(response, 422, "invalid_request")["detail"]
+        assert (await api.classify({**one_pass, "num_samples": 1})).status_code == 200
+        await api.check_healthy()
 
 
 @async_test

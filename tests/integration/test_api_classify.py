@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from tests.support.api import Api, async_test, running, same_answer, until
-from tests.support.fake_engine import QUIZ, TOPICS, TOPICS_POINT, FakeEngine
+from tests.support.fake_engine import (
+    QUIZ,
+    TOPICS,
+    TOPICS_ENSEMBLE,
+    TOPICS_POINT,
+    FakeEngine,
+)
 
 REVISION = {"adapter": "topics", "revision": "3f9a00112233"}
 QUESTION = {"question": "which is a mammal", "choices": ["trout", "whale", "lizard"]}
@@ -256,6 +262,27 @@ async def test_a_point_method_has_no_epistemic_scores() -> None:
         assert body["data"][0]["calibrated"]
         assert body["data"][0]["decision"] == "accept"
         assert (body["sampling"]["num_samples"], body["sampling"]["seed"]) == (1, None)
+
+
+@async_test
+async def test_an_ensemble_answers_with_all_of_its_members() -> None:
+    async with running(FakeEngine(TOPICS_ENSEMBLE)) as api:
+        bodies = [{}, {"num_samples": 3}, {"seed": 9}]
+        answers = [(await api.classify({"input": "x", **body})).json() for body in bodies]
+        for body in answers:
+            assert body["sampling"] == {
+                "num_samples": 3,
+                "seed": None,
+                "mask_set": "ms_3_0",
+                "estimator": "monte_carlo",
+                "design": "iid",
+            }
+            assert body["data"][0]["calibrated"]
+            assert body["data"][0]["uncertainty"]["mutual_information"] > 0
+        assert len({tuple(body["data"][0]["probs"]) for body in answers}) == 1
+        card = (await api.client.get("/v1/models/topics-ensemble")).json()
+        assert (card["sampling"]["num_samples"], card["limits"]["max_num_samples"]) == (3, 3)
+        assert card["sampling"]["seed"] is None
 
 
 @async_test

@@ -8,11 +8,11 @@ import httpx
 import pytest
 import torch
 
-from dalorra_core.config import load_config
 from dalorra_core.data.examples import TextExample
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.training.run import run_training
+from dalorra_core.training.settings import load_config
 from server.app import create_app
 from server.engines.local import LocalEngine
 from server.ports import EngineStoppedError, RowRejectedError, TextQuestion

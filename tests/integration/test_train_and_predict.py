@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
 from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import pick_dtype
-from dalorra_core.config import AdapterConfig, DalorraConfig, TrainConfig
+from dalorra_core.config import AdapterConfig, OptimConfig
 from dalorra_core.data.examples import Choice, ChoiceExample, TextExample
 from dalorra_core.errors import (
     ArtifactCorruptError,
@@ -32,12 +32,14 @@ from dalorra_core.errors import (
     GoldenProbeError,
     InputTooLongError,
 )
+from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.predictive import shared_base as shared_base_module
 from dalorra_core.predictive.matching import tokenizer_sha256
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.training import run as module
 from dalorra_core.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dalorra_core.training.run import run_training
+from dalorra_core.training.settings import TrainConfig
 from dalorra_core.training.step import TrainStep
 from tests.support.tiny_models import (
     VOCABULARY,
@@ -443,7 +445,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dalorra_core.config import TrainConfig
+from dalorra_core.training.settings import TrainConfig
 from dalorra_core.training import checkpoint, run
 written = 0
 sync = os.fsync
@@ -687,6 +689,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made_in_training() -> None:
         tiny.state.specs,
         AdapterConfig(r=3),
         DalorraConfig(num_train_samples=2),
+        optim=OptimConfig(),
         num_examples=10,
         seed=0,
     )

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.config import DalorraConfig
 from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.scoring import RowsToScore, plan_chunks, score_rows, score_together
 from dalorra_core.sampling.streams import permutation, uniforms

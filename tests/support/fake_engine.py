@@ -53,6 +53,7 @@ __all__ = [
     "QUIZ",
     "TOPICS",
     "TOPICS_CERTIFIED",
+    "TOPICS_ENSEMBLE",
     "TOPICS_POINT",
     "FakeEngine",
     "LostError",
@@ -109,6 +110,15 @@ TOPICS_POINT = AdapterCard(
     max_tokens=64,
     defaults=Sampling(num_samples=1),
     policies=(POLICY,),
+)
+TOPICS_ENSEMBLE = replace(
+    TOPICS,
+    name="topics-ensemble",
+    revision="e45e00112233",
+    method="ensemble",
+    defaults=Sampling(num_samples=3),
+    mask_set="ms_3_0",
+    fixed_functions=3,
 )
 GUARANTEE = Guarantee(
     kind="ltt",

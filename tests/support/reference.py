@@ -27,6 +27,7 @@ __all__ = [
     "mixture_loop",
     "nll_loop",
     "philox_words",
+    "splitmix64_words",
     "uncertainty_loop",
 ]
 
@@ -223,3 +224,20 @@ def philox_words(key: int, count: int) -> list[int]:
             k0, k1 = (k0 + 0x9E3779B97F4A7C15) & low64, (k1 + 0xBB67AE8584CAA73B) & low64
         words += [c0, c1, c2, c3]
     return words[:count]
+
+
+def splitmix64_words(seed: int, count: int) -> list[int]:
+    """Return the first words of SplitMix64.
+
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", section 5.
+    """
+    low64 = (1 << 64) - 1
+    words: list[int] = []
+    state = seed
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) & low64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & low64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & low64
+        words.append(z ^ (z >> 31))
+    return words

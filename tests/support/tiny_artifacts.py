@@ -1,13 +1,14 @@
 """Artifacts for a tiny base model, written in a moment: random factors, no training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dalorra_core.adapters.inject import find_targets
-from dalorra_core.adapters.state import label_rows_only
+from dalorra_core.adapters.inject import TargetSpec, find_targets
+from dalorra_core.adapters.state import AdapterState, label_rows_only
 from dalorra_core.artifact.manifest import (
     BaseRef,
     GoldenProbe,
@@ -19,7 +20,7 @@ from dalorra_core.artifact.manifest import (
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact, update_artifact
 from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model
-from dalorra_core.config import DalorraConfig, MleConfig, PredictiveConfig
+from dalorra_core.config import MethodSettings, PredictiveConfig
 from dalorra_core.data.examples import TextExample
 from dalorra_core.data.prompts import TEXT_TEMPLATES
 from dalorra_core.methods import METHODS
@@ -41,7 +42,9 @@ def save_tiny_adapter(  # noqa: PLR0913  all by name, each with a default
     layers: tuple[int, int] | None = None,
     num_labels: int = 4,
     seed: int = 0,
-    method: Literal["dalorra", "mle"] = "dalorra",
+    method: str = "dalorra",
+    config: MethodSettings | None = None,
+    params: Mapping[str, Tensor] | None = None,
     **manifest: Any,
 ) -> Path:
     """Write an adapter of random factors with two golden probes, and return its directory.
@@ -54,21 +57,22 @@ def save_tiny_adapter(  # noqa: PLR0913  all by name, each with a default
         layers: First and last adapted layer; None for all.
         num_labels: C, at most six.
         seed: Of the factors.
-        method: Its method.
+        method: Its method, with its defaults.
+        config: Settings of its method instead.
+        params: Its tensors instead of random ones.
         manifest: Entries of the manifest to change.
     """
     model = load_model(base, torch.device("cpu"), torch.float32)
     specs = label_rows_only(find_targets(model, targets, layers), num_labels)
-    config = DalorraConfig() if method == "dalorra" else MleConfig()
-    params = METHODS[method].init(specs, r, seed, config)
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in params.items():
-        if not name.endswith("lora_A"):
-            params[name] = 0.3 * torch.randn(value.shape, generator=generator)
+    settings = (
+        METHODS[method].settings.model_validate({"name": method}) if config is None else config
+    )
+    if params is None:
+        params = _random_params(specs, r, seed, settings)
     template = TEXT_TEMPLATES["intent"]
     values = Manifest(
         name=directory.name,
-        method=config,
+        method=settings,
         base=BaseRef(
             id=str(base),
             fingerprint=fingerprint(base),
@@ -95,6 +99,22 @@ def save_tiny_adapter(  # noqa: PLR0913  all by name, each with a default
     )
     save_artifact(directory, values, pack_tensors(params))
     return with_manifest(directory, **{"golden": _golden(directory, base), **manifest})
+
+
+def _random_params(
+    specs: tuple[TargetSpec, ...], r: int, seed: int, config: MethodSettings
+) -> dict[str, Tensor]:
+    method = METHODS[config.name]
+    trained_as = method.trained_as(config)
+    states = []
+    for member in range(method.members(config)):
+        params = METHODS[trained_as.name].init(specs, r, seed + member, trained_as)
+        generator = torch.Generator().manual_seed(seed + member)
+        for name, value in params.items():
+            if not name.endswith("lora_A"):
+                params[name] = 0.3 * torch.randn(value.shape, generator=generator)
+        states.append(AdapterState(specs, r, 2.0, params))
+    return method.join(states)
 
 
 def with_manifest(directory: Path, **changes: Any) -> Path:

@@ -23,7 +23,8 @@ from dalorra_core.artifact.manifest import (
     ModuleRef,
     PromptRef,
 )
-from dalorra_core.config import DalorraConfig, PredictiveConfig
+from dalorra_core.config import PredictiveConfig
+from dalorra_core.methods.dalorra import DalorraConfig
 
 __all__ = ["tiny_calibration", "tiny_manifest", "tiny_params"]
 

@@ -29,10 +29,11 @@ from transformers import (
 from dalorra_core.adapters.inject import TargetSpec, find_targets
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState, label_rows_only, module_packs
-from dalorra_core.config import DalorraConfig
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import DalorraConfig
+from dalorra_core.methods.method import TrainingPoint
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.trunk import Trunk
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -44,6 +45,7 @@ __all__ = [
     "batch_of",
     "gated_pack",
     "merged_label_logits",
+    "point_of",
     "random_rows",
     "save_tiny_base",
     "tiny_adapter",
@@ -176,6 +178,13 @@ def tiny_adapter(  # noqa: PLR0913  all by name, each with a default
             params[name] = scale * torch.randn(value.shape, generator=generator)
     state = AdapterState(specs, r, 2.0, params)
     return TinyAdapter(base, LabelModel(trunk, specs, label_set), state, label_set)
+
+
+def point_of(num_examples: int, **changes: Any) -> TrainingPoint:
+    """Return the first step of a run of ten steps of two of these examples."""
+    values: dict[str, Any] = {"step": 0, "num_steps": 10, "batch_size": 2}
+    values["num_examples"] = num_examples
+    return TrainingPoint(**(values | changes))
 
 
 def gated_pack(state: AdapterState, z: Tensor | None) -> SamplePack:

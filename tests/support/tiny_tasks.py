@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dalorra_core.config import TrainConfig
+from dalorra_core.training.settings import TrainConfig
 from tests.support.tiny_models import save_tiny_base, write_jsonl
 
 __all__ = ["INTENTS", "TinyTask", "choice_task", "text_task", "tiny_config"]
@@ -81,6 +81,6 @@ def tiny_config(task: TinyTask, **groups: Any) -> TrainConfig:
         "predictive": {"num_samples": 4},
     }
     merged = {key: {**defaults.get(key, {}), **groups.get(key, {})} for key in defaults}
-    if "name" in groups.get("method", {}) and groups["method"]["name"] == "mle":
-        merged["method"] = {"name": "mle"}
+    if groups.get("method", {}).get("name", "dalorra") != "dalorra":
+        merged["method"] = dict(groups["method"])
     return TrainConfig.model_validate({"name": "tiny", "base": str(task.base), **merged})

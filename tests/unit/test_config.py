@@ -1,4 +1,4 @@
-"""dalorra_core.config: settings files, overrides, and what a wrong value is told."""
+"""dalorra_core.training.settings: settings files, overrides, and what a wrong value is told."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dalorra_core.config import DalorraConfig, MleConfig, TrainConfig, load_config
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods.dalorra import DalorraConfig
+from dalorra_core.methods.mle import MleConfig
+from dalorra_core.training.settings import TrainConfig, load_config
 
 SMALL = ("name=demo", "data.source=rows")
 
@@ -260,5 +262,5 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed_after_they_were_checked() -> None:
     config = config_of()
     with pytest.raises(ValidationError, match="frozen"):
-        config.optim.lr = -1.0
+        config.optim.lr = -1.0  # pyright: ignore[reportAttributeAccessIssue]
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config

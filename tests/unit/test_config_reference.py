@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from dalorra_core.config import DalorraConfig, MleConfig, TrainConfig, load_config
 from dalorra_core.data.rows import parse_row
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods import METHODS
+from dalorra_core.training.settings import TrainConfig, load_config
 from scripts.config_reference import BEGIN, END, PAGE, reference, with_reference
 
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -42,8 +43,8 @@ def test_the_table_of_settings_is_up_to_date() -> None:
 
 def test_every_setting_has_a_row_and_nothing_else_has_one() -> None:
     expected = _leaves(TrainConfig)
-    for method in (DalorraConfig, MleConfig):
-        expected |= {f"method.{name}" for name in method.model_fields}
+    for method in METHODS.values():
+        expected |= {f"method.{name}" for name in method.settings.model_fields}
     assert set(re.findall(r"^\| `([a-z_.]+)` \|", reference(), flags=re.MULTILINE)) == expected
 
 
@@ -53,6 +54,7 @@ def test_every_setting_has_a_row_and_nothing_else_has_one() -> None:
         ("name", "text matching `^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`", "required"),
         ("method.prior_prob", "number > 0 and < 1", "`0.5`"),
         ("method.tau", "number > 0 and ≤ 5", "`0.666667`"),
+        ("method.trained_as", "`map`, `mle`, or the settings of one of them", "`map`"),
         ("method.kl_scale", "`per_example`, `unit`", "`per_example`"),
         (
             "adapter.target_modules",

@@ -186,3 +186,45 @@ def test_many_threads_may_use_one_fresh_tokenizer() -> None:
 def test_a_limit_outside_its_domain_is_named() -> None:
     with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):
         encoded(TextExample("1", "x"), max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("choices", "union", "allowed"),
+    [
+        ("AC", (), (0, 2)),
+        ("AC", ("A", "B"), (0, 1, 2)),
+        ("AC", ("A", "B", "C", "D"), None),
+        ("ABCD", (), (0, 1, 2, 3)),
+        ("ABD", ("C",), None),
+    ],
+)
+def test_a_question_can_be_scored_over_more_than_its_choices(
+    choices: str, union: tuple[str, ...], allowed: tuple[int, ...] | None
+) -> None:
+    assert encoded(lettered(*choices), union=union).allowed == allowed
+    assert encoded(TextExample("1", "x"), union=()).allowed is None
+
+
+def test_an_unknown_label_of_the_union_is_refused() -> None:
+    with pytest.raises(DataError, match="label must be one of the 4 known labels, got 'E'"):
+        encoded(lettered("A", "B"), union=("E",))
+
+
+def test_the_end_of_text_token_counts_and_stays_last() -> None:
+    plain = encoded(TextExample("1", "my balance"))
+    ended = encoded(TextExample("1", "my balance"), append_eos=True)
+    assert ended.token_ids == (*plain.token_ids, TOKENIZER.eos_token_id)
+    size = len(ended.token_ids)
+    assert encoded(TextExample("1", "my balance"), append_eos=True, max_tokens=size) == ended
+    with pytest.raises(InputTooLongError, match=f"has {size} tokens; the limit is {size - 1}"):
+        encoded(TextExample("1", "my balance"), append_eos=True, max_tokens=size - 1)
+    cut = encoded(TextExample("1", LONG), append_eos=True, max_tokens=12, truncate="start")
+    assert len(cut.token_ids) <= 12
+    assert text_of(cut).endswith("Intent:<|end|>")
+
+
+def test_a_tokenizer_without_an_end_of_text_token_cannot_append_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=r"data\.append_eos needs a tokenizer with an end"):
+        encoded(TextExample("1", "x"), tokenizer=tokenizer, append_eos=True)

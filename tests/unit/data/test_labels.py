@@ -7,7 +7,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dalorra_core.data.examples import Choice, ChoiceExample, TextExample
-from dalorra_core.data.labels import LabelSet, collect_labels, resolve_label_tokens
+from dalorra_core.data.labels import (
+    LabelSet,
+    collect_labels,
+    last_bare_tokens,
+    resolve_label_tokens,
+    with_swapped_tokens,
+)
 from dalorra_core.errors import DataError
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
@@ -121,3 +127,31 @@ def test_a_label_set_that_would_mix_labels_up_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="label set must have"):
         LabelSet(labels, token_ids)
+
+
+def test_bare_tokens_are_the_last_of_the_label_itself() -> None:
+    labels = ["A", "True", "False", "maybe"]
+    found = last_bare_tokens(labels, TOKENIZER)
+    assert found.labels == tuple(labels)
+    assert list(found.token_ids) == [TOKENIZER(label)["input_ids"][-1] for label in labels]
+    assert TOKENIZER.decode([found.token_ids[1]]) == "rue"  # of T and rue
+    assert resolve_label_tokens(labels, TOKENIZER).token_ids[1] != found.token_ids[1]
+
+
+def test_two_labels_with_the_same_last_bare_token_are_refused() -> None:
+    with pytest.raises(DataError, match=r"label_tokens must be 'spaced'.*'my card' and 'a card'"):
+        last_bare_tokens(["my card", "a card"], TOKENIZER)
+
+
+def test_a_label_without_tokens_or_only_a_special_one_is_refused() -> None:
+    with pytest.raises(DataError, match="'' has no token of its own"):
+        last_bare_tokens([""], TOKENIZER)
+
+
+def test_two_tokens_are_swapped_and_nothing_else() -> None:
+    before = LabelSet(("True", "x", "False"), (7, 8, 9))
+    after = with_swapped_tokens(before, "True", "False")
+    assert (after.labels, after.token_ids) == (before.labels, (9, 8, 7))
+    assert with_swapped_tokens(after, "False", "True") == before
+    with pytest.raises(DataError, match="got 'False'"):
+        with_swapped_tokens(LabelSet(("True",), (7,)), "True", "False")

@@ -1,7 +1,6 @@
 """All 15 public data sets, where they lie beside the repository; skipped where they do not."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,12 +8,11 @@ from dalorra_core.data.examples import gold_label
 from dalorra_core.data.labels import collect_labels, resolve_label_tokens
 from dalorra_core.data.prompts import prompt_template, render
 from dalorra_core.data.readers import read_source
+from tests.support.tiny_data_sets import SHARED_DATA as DATA
+from tests.support.tiny_data_sets import needs_shared_data
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
-DATA = Path(__file__).parents[3].parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(
-    not (DATA / "MANIFEST.json").is_file(), reason="needs the data sets in ../shared/data"
-)
+pytestmark = needs_shared_data
 
 SIZES = {  # train, validation, test
     "ag_news": (None, None, 7600),

@@ -5,19 +5,21 @@ model in float64; nothing of ours but the tensors goes into the expected values.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dalorra_core.config import DalorraConfig
+from dalorra_core.adapters.state import AdapterState
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.methods.method import Draw
 from dalorra_core.metrics.calibration import nll
 from dalorra_core.metrics.uncertainty import log_mean_probs, mean_probs
-from dalorra_core.objectives.elbo import mean_nll, neg_elbo
+from dalorra_core.objectives.elbo import KlTerm, mean_nll, neg_elbo
 from dalorra_core.predictive.scoring import score_rows
 from tests.support.reference import (
     elbo_by_enumeration,
@@ -31,6 +33,7 @@ from tests.support.tiny_models import (
     batch_of,
     gated_pack,
     merged_label_logits,
+    point_of,
     random_rows,
     tiny_adapter,
 )
@@ -38,6 +41,10 @@ from tests.support.tiny_models import (
 DALORRA = METHODS["dalorra"]
 PRIOR = 0.6
 CONFIG = DalorraConfig(prior_prob=PRIOR)
+
+
+def divergences(state: AdapterState, n: int) -> Mapping[str, KlTerm]:
+    return DALORRA.kl_terms(state, CONFIG, point_of(n), DALORRA.mean_pack(state, CONFIG))
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def test_the_loss_is_the_exact_negative_elbo_per_example(six: Enumerated) -> Non
         logits = six.tiny.model(batch, gated_pack(six.tiny.state, six.gates)).logits  # (64, B, C)
     nll = torch.stack([mean_nll(logits[i : i + 1], batch.labels) for i in range(64)])
     expected_nll = (six.weights * nll.double()).sum()
-    found = neg_elbo(expected_nll, DALORRA.kl_terms(six.tiny.state, CONFIG, n)).item()
+    found = neg_elbo(expected_nll, divergences(six.tiny.state, n)).item()
     elbo = elbo_by_enumeration(six.log_likelihood, six.keep) - mask_kl_loop(six.keep, PRIOR)
     assert found == pytest.approx(-elbo / n, rel=1e-5)
     assert -n * found <= log_evidence(six.log_likelihood, PRIOR)  # it is a bound
@@ -169,7 +176,7 @@ def test_the_bound_is_tight_at_the_exact_posterior(one: Enumerated) -> None:
         phi = torch.tensor([[logit]], dtype=torch.float64)
         state = replace(one.tiny.state, params={**one.tiny.state.params, "phi": phi})
         weights = torch.stack([(-phi).sigmoid(), phi.sigmoid()]).flatten()
-        loss = neg_elbo((weights * nll).sum(), DALORRA.kl_terms(state, CONFIG, n))
+        loss = neg_elbo((weights * nll).sum(), divergences(state, n))
         return -n * loss.item()
 
     assert bound(posterior_logit) == pytest.approx(evidence, abs=1e-9)

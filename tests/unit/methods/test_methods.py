@@ -1,6 +1,7 @@
 """dalorra_core.methods: what each method puts into a pack, a loss and an optimiser."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from dalorra_core.adapters.inject import TargetSpec, count_parameters, find_targ
 from dalorra_core.adapters.linear import low_rank_delta
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
-from dalorra_core.config import DalorraConfig, MleConfig, OptimConfig
+from dalorra_core.config import OptimConfig
 from dalorra_core.methods import METHODS
-from dalorra_core.methods.dalorra import hard_gates, relaxed_gates
+from dalorra_core.methods.dalorra import DalorraConfig, hard_gates, relaxed_gates
 from dalorra_core.methods.method import Draw
+from dalorra_core.methods.mle import MleConfig
+from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.sampling.designs import iid_uniforms
+from tests.support.tiny_models import point_of
 
 DALORRA, MLE = METHODS["dalorra"], METHODS["mle"]
 SPECS = (TargetSpec("layers.0.q", 6, 4, 0), TargetSpec("lm_head", 6, 5, None))
@@ -51,6 +55,10 @@ def llama_8b() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
+def divergences(state: AdapterState, config: DalorraConfig, n: int) -> Mapping[str, KlTerm]:
+    return DALORRA.kl_terms(state, config, point_of(n), DALORRA.mean_pack(state, config))
+
+
 def test_the_published_parameter_counts(llama_8b: LlamaForCausalLM) -> None:
     specs = find_targets(llama_8b, ("q_proj", "v_proj", "lm_head"))
     assert len(specs) == 65
@@ -67,7 +75,7 @@ def test_dalorra_starts_at_its_prior() -> None:
     state = AdapterState(SPECS, 3, 2.0, DALORRA.init(SPECS, 3, 0, config))
     keep = state.params["phi"].sigmoid()
     torch.testing.assert_close(keep, torch.full((2, 3), 0.7))
-    (term,) = DALORRA.kl_terms(state, config, 10).values()
+    (term,) = divergences(state, config, 10).values()
     assert abs(term.value.item()) < 1e-6
 
 
@@ -125,10 +133,10 @@ def test_mle_is_one_function_whatever_is_asked_for() -> None:
     for pack in (*packs, MLE.train_pack(state, MleConfig(), DRAW)):
         assert pack.num_samples == 1
         assert all(module.z is None for module in pack.modules.values())
-    assert MLE.kl_terms(state, MleConfig(), 100) == {}
+        assert MLE.kl_terms(state, MleConfig(), point_of(100), pack) == {}
     assert MLE.num_train_samples(MleConfig()) == 1
     assert (MLE.stochastic, DALORRA.stochastic) == (False, True)
-    assert MLE.summary(state) == {}
+    assert MLE.summary(state, MleConfig()) == {}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +151,7 @@ def test_mle_is_one_function_whatever_is_asked_for() -> None:
 def test_the_kl_is_divided_by_the_number_of_examples_once(
     config: DalorraConfig, weight: float
 ) -> None:
-    (term,) = DALORRA.kl_terms(state_of(config), config, 50).values()
+    (term,) = divergences(state_of(config), config, 50).values()
     assert term.weight == pytest.approx(weight)
     assert term.value.item() > 0.1
 
@@ -166,7 +174,7 @@ def test_optimiser_groups_cover_every_parameter_and_never_decay_the_gates() -> N
 def test_the_summary_speaks_of_keep_probabilities() -> None:
     state = state_of(DalorraConfig())
     keep = state.params["phi"].double().sigmoid()
-    summary = DALORRA.summary(state)
+    summary = DALORRA.summary(state, DalorraConfig())
     assert summary["num_gates"] == 6
     assert summary["expected_rank"]["lm_head"] == pytest.approx(float(keep[1].sum()))
     assert summary["keep_prob"]["layers.0.q"] == pytest.approx(keep[0].tolist())

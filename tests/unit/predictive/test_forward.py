@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dalorra_core.adapters.linear import AdaptedLinear
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.config import DalorraConfig
 from dalorra_core.data.collate import collate
 from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.methods.method import Draw
 from dalorra_core.objectives.elbo import mean_nll
 from dalorra_core.predictive.scoring import score_rows
@@ -24,6 +24,7 @@ from tests.support.tiny_models import (
     batch_of,
     gated_pack,
     merged_label_logits,
+    point_of,
     random_rows,
     tiny_adapter,
     tiny_model,
@@ -206,7 +207,7 @@ def test_before_b_moves_the_gates_get_no_gradient_from_the_data() -> None:
     mean_nll(tiny.model(batch, pack).logits, batch.labels).backward()
     assert params["phi"].grad is not None
     assert torch.equal(params["phi"].grad, torch.zeros_like(params["phi"]))
-    (term,) = DALORRA.kl_terms(state, DalorraConfig(prior_prob=0.7), 10).values()
+    (term,) = DALORRA.kl_terms(state, DalorraConfig(prior_prob=0.7), point_of(10), pack).values()
     (of_kl,) = torch.autograd.grad(term.value, params["phi"])
     assert of_kl.abs().max() < 1e-7
     for spec in tiny.state.specs:

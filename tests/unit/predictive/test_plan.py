@@ -1,15 +1,11 @@
 """dalorra_core.predictive.plan: which sample packs are kept."""
 
+import pytest
 import torch
 
 from dalorra_core.adapters.pack import ModulePack, SamplePack
-from dalorra_core.predictive.plan import (
-    PACKS_KEPT,
-    SAMPLES_KEPT,
-    KeptPacks,
-    SamplingPlan,
-    pack_tensors_of,
-)
+from dalorra_core.predictive import plan as plan_module
+from dalorra_core.predictive.plan import PACKS_KEPT, SAMPLES_KEPT, KeptPacks, SamplingPlan
 
 
 class Drawn:
@@ -60,6 +56,18 @@ def test_a_pack_above_the_limit_is_drawn_each_time() -> None:
 
 def test_the_tensors_of_a_pack_are_its_factors_and_gates() -> None:
     pack = Drawn()(SamplingPlan(5))
-    assert sorted(tensor.numel() for tensor in pack_tensors_of(pack)) == [6, 8, 10]
+    assert sorted(tensor.numel() for tensor in pack.tensors()) == [6, 8, 10]
     plain = SamplePack(1, 1.0, {"a": ModulePack(torch.ones(1, 2, 3), torch.ones(1, 4, 2))})
-    assert len(pack_tensors_of(plain)) == 2
+    assert len(list(plain.tensors())) == 2
+
+
+def test_memory_bounds_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "BYTES_KEPT", 100)
+    drawn = Drawn()
+    kept = KeptPacks(drawn, lambda pack: 10 * pack.num_samples)
+    first = kept.of(SamplingPlan(6))
+    kept.of(SamplingPlan(4, 1))
+    assert kept.of(SamplingPlan(6)) is first  # 100 bytes together
+    kept.of(SamplingPlan(1, 2))  # ten too many: seed 1 was used longest ago
+    kept.of(SamplingPlan(4, 1))
+    assert [plan.seed for plan in drawn.plans] == [0, 1, 2, 1]

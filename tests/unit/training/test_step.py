@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from dalorra_core.config import AdapterConfig, DalorraConfig, MleConfig
-from dalorra_core.methods.dalorra import relaxed_gates
+from dalorra_core.config import AdapterConfig, OptimConfig
+from dalorra_core.methods.dalorra import DalorraConfig, relaxed_gates
+from dalorra_core.methods.mle import MleConfig
 from dalorra_core.sampling.designs import iid_uniforms
 from dalorra_core.training.step import TrainStep
 from tests.support.tiny_models import (
@@ -20,7 +21,9 @@ from tests.support.tiny_models import (
 
 def step_of(tiny: TinyAdapter, config: DalorraConfig | MleConfig, n: int = 50) -> TrainStep:
     adapter = AdapterConfig(r=3, lora_alpha=6.0)
-    step = TrainStep(tiny.model, tiny.state.specs, adapter, config, num_examples=n, seed=4)
+    step = TrainStep(
+        tiny.model, tiny.state.specs, adapter, config, optim=OptimConfig(), num_examples=n, seed=4
+    )
     with torch.no_grad():
         for name, value in step.params.items():
             value.copy_(tiny.state.params[name])

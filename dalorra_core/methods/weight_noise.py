@@ -1,0 +1,70 @@
+"""Gaussian down factors: A + sigma * eps, one draw for each sample, with or without flipout."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from dalorra_core.adapters.flipout import FlippedNoise
+from dalorra_core.adapters.inject import TargetSpec
+from dalorra_core.adapters.pack import ModulePack
+from dalorra_core.adapters.state import AdapterState, module_packs
+from dalorra_core.config import MethodSettings
+from dalorra_core.methods.method import Draw
+from dalorra_core.sampling.designs import iid_normals
+
+__all__ = ["NoiseKind", "WeightNoiseSettings", "noisy_packs"]
+
+NoiseKind = Literal["flipout", "weight_sample"]
+"""Signs of its own for every token, or one draw of the weights for all of them."""
+
+
+class WeightNoiseSettings(MethodSettings, frozen=True):
+    """How Gaussian noise on A reaches the tokens."""
+
+    train_noise: NoiseKind = Field(
+        default="flipout",
+        description="Noise on A in training: flipout gives each token of each row signs of its "
+        "own; weight_sample draws A once for each of the S samples.",
+    )
+    test_noise: NoiseKind = Field(
+        default="weight_sample",
+        description="Noise on A at prediction: weight_sample makes each sample one function; "
+        "flipout gives each position signs of its own, as the published code does.",
+    )
+
+
+def noisy_packs(
+    state: AdapterState,
+    sigma: Callable[[TargetSpec], Tensor],
+    draw: Draw,
+    *,
+    kind: NoiseKind,
+    training: bool,
+    z: Tensor | None = None,
+) -> dict[str, ModulePack]:
+    """Return every module with A drawn from N(lora_A, sigma^2), M times.
+
+    Args:
+        state: The adapter.
+        sigma: Module to its standard deviations, (r, d_in) or (r, 1), on any device.
+        draw: Name and number of the samples.
+        kind: Where the noise is the same.
+        training: Draw the signs of flipout for each row too.
+        z: Gates (M, L, r), or None for all ones.
+    """
+    plain = module_packs(state, z)
+    packs: dict[str, ModulePack] = {}
+    for spec in state.specs:
+        module, spread = plain[spec.name], sigma(spec)
+        shape = (state.r, spec.d_in)
+        eps = iid_normals((*draw.key, "A", spec.name), draw.num_samples, shape)
+        noise = (spread * eps.to(spread.device)).to(module.lora_A.device)  # (M, r, d_in)
+        if kind == "flipout":
+            key = (*(draw.row_key if training else draw.key), "signs", spec.name)
+            packs[spec.name] = replace(module, beside=FlippedNoise(noise, key, by_row=training))
+        else:
+            packs[spec.name] = replace(module, lora_A=module.lora_A + noise)
+    return packs
