@@ -8,6 +8,7 @@ found, so that a person can act on it without reading code::
     ├── DataError                   a data row that cannot be used (file, line, field)
     ├── InputError                  one question that cannot be encoded (empty, unknown choice ...)
     │   └── InputTooLongError       more tokens than the limit, and truncation was not allowed
+    ├── RowMemoryError              one question that would take more memory than is allowed
     ├── BaseModelError              the base model cannot be found, fetched, checked or adapted
     └── ArtifactError               an adapter directory that cannot be trusted or used
         ├── ArtifactMissingFileError
@@ -34,6 +35,7 @@ __all__ = [
     "GoldenProbeError",
     "InputError",
     "InputTooLongError",
+    "RowMemoryError",
 ]
 
 
@@ -65,6 +67,10 @@ class InputTooLongError(InputError):
         super().__init__(f"the prompt has {num_tokens} tokens; the limit is {max_tokens}")
         self.num_tokens = num_tokens
         self.max_tokens = max_tokens
+
+
+class RowMemoryError(DalorraError, MemoryError):
+    """A question alone would take more memory than one may."""
 
 
 class BaseModelError(DalorraError):

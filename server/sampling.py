@@ -13,7 +13,8 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
     """Return the sampling of a request: the adapter's defaults with what the request changes.
 
     Raises:
-        ApiError: 422 when another number of samples is asked for than there are functions.
+        ApiError: 422 when another number of samples is asked for than there are functions, or
+            more than fit into the memory that the engine grants.
     """
     estimator = request.estimator or card.defaults.estimator
     single = estimator == "mean_mask" or card.point_method
@@ -26,11 +27,18 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
                 {"pointer": "#/num_samples", "limit": there_are, "actual": request.num_samples},
             ),
         )
-    defaults = card.defaults
+    defaults, asked, most = card.defaults, request.num_samples, card.max_num_samples
+    if not single and asked is not None and most is not None and asked > most:
+        raise ApiError(
+            "invalid_request",
+            f"num_samples must be at most {most} for adapter {card.name}, got {asked}: its samples "
+            "take memory",
+            errors=({"pointer": "#/num_samples", "limit": most, "actual": asked},),
+        )
     return replace(
         defaults,
         estimator=estimator,
-        num_samples=there_are or request.num_samples or defaults.num_samples,
+        num_samples=there_are or asked or defaults.num_samples,
         # what is not drawn has no seed; leaving the default lets such rows share batches
         seed=defaults.seed if there_are or request.seed is None else request.seed,
     )

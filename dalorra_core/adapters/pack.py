@@ -4,8 +4,9 @@ Holds tensors, and functions of activations that a method may bring along. It kn
 methods, random streams or Hugging Face models.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from dalorra_core.errors import ConfigError
 
 __all__ = [
+    "GrowingTransform",
     "ModulePack",
     "PerRow",
     "RowContext",
@@ -28,8 +30,9 @@ __all__ = [
 class Transform(Protocol):
     """A function of activations at one place of an adapted layer, for all M samples.
 
-    What it does to a token may depend on the sample, the token's position and its activation, never
-    on the other rows of the batch: an answer does not depend on its company.
+    In prediction, what it does to a token may depend on the sample, the token's position and its
+    activation, never on the other rows of the batch: an answer does not depend on its company. In
+    training it may also depend on the row's place, as noise that each row has for itself does.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,6 +49,15 @@ class Transform(Protocol):
 
     def tensors(self) -> Sequence[Tensor]:
         """Return what it keeps in memory."""
+        ...
+
+
+@runtime_checkable
+class GrowingTransform(Transform, Protocol):
+    """A transform that keeps more when it meets a longer row."""
+
+    def bytes_to_come(self, length: int) -> int:
+        """Return what it will keep beside its tensors once a row of this many tokens was there."""
         ...
 
 
@@ -83,13 +95,18 @@ class RowContext:
     """What a pack may know of the rows before the forward pass begins.
 
     Attributes:
-        mean_embedding: (B, d) mean of the frozen input embeddings over the row's tokens, float32.
+        embed: Works ``mean_embedding`` out; asked at most once.
         is_token: (B, T) bool, False for padding. Activations may be longer than T, where other
             rows share the forward pass; what is beyond is padding.
     """
 
-    mean_embedding: Tensor
+    embed: Callable[[], Tensor]
     is_token: Tensor
+
+    @cached_property
+    def mean_embedding(self) -> Tensor:
+        """(B, d) mean of the frozen input embeddings over the row's tokens, float32."""
+        return self.embed()
 
 
 @runtime_checkable
@@ -205,6 +222,15 @@ class SamplePack:
                 yield from transform.tensors()
         if self.per_row is not None:
             yield from self.per_row.tensors()
+
+    def bytes_to_come(self, length: int) -> int:
+        """Return what its transforms will keep beside ``tensors`` for rows of this many tokens."""
+        return sum(
+            transform.bytes_to_come(length)
+            for module in self.modules.values()
+            for transform in module.transforms
+            if isinstance(transform, GrowingTransform)
+        )
 
 
 def fold(x: Tensor, num_samples: int) -> Tensor:

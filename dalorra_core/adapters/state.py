@@ -1,6 +1,5 @@
 """Explicit state of one adapter, and the LoRA factors every method starts from."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
 from dalorra_core.adapters.pack import ModulePack
-from dalorra_core.sampling.streams import uniforms
+from dalorra_core.sampling.designs import uniform_weights
 
 __all__ = [
     "AdapterState",
@@ -77,9 +76,8 @@ def init_factors(specs: Sequence[TargetSpec], r: int, seed: int) -> dict[str, Te
     """
     params: dict[str, Tensor] = {}
     for spec in specs:
-        bound = 1.0 / math.sqrt(spec.d_in)
-        draw = torch.from_numpy(uniforms(("init", seed, spec.name, "lora_A"), r * spec.d_in))
-        params[f"{spec.name}.lora_A"] = ((2 * draw - 1) * bound).float().view(r, spec.d_in)
+        key = ("init", seed, spec.name, "lora_A")
+        params[f"{spec.name}.lora_A"] = uniform_weights(key, (r, spec.d_in), spec.d_in)
         params[f"{spec.name}.lora_B"] = torch.zeros(spec.d_out, r)
     return params
 

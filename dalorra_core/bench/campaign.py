@@ -11,7 +11,15 @@ from dalorra_core.artifact.placing import place_file
 from dalorra_core.bench.grid import Cell, Grid
 from dalorra_core.bench.keys import Job, plan_jobs
 from dalorra_core.bench.runs import TRAINING, is_finished
-from dalorra_core.bench.store import Record, hold, read_record, run_directory, write_results
+from dalorra_core.bench.store import (
+    GRID_FILE,
+    Record,
+    hold,
+    read_record,
+    run_directory,
+    with_sound_scores,
+    write_results,
+)
 from dalorra_core.bench.table import Board
 from dalorra_core.bench.workers import run_here, run_in_workers
 from dalorra_core.errors import DataError
@@ -105,7 +113,7 @@ class Campaign:
         with hold(self._out, wait=False):
             self._read()
             place_file(
-                self._out / "grid.json",
+                self._out / GRID_FILE,
                 (json.dumps(self._grid.model_dump(mode="json"), indent=1) + "\n").encode(),
             )
             for line in self._unreadable:
@@ -124,7 +132,7 @@ class Campaign:
                 write_results(self._out, self._planned, self.records)
 
     def _read(self) -> None:
-        """Read the records that there are; one that cannot be read counts as none."""
+        """Read the records that there are; what cannot be read counts as not there."""
         self.records, self._unreadable = {}, []
         for job in self.jobs:
             try:
@@ -133,7 +141,8 @@ class Campaign:
                 self._unreadable.append(str(error))
                 continue
             if record is not None:
-                self.records[job.key] = record
+                self.records[job.key], faults = with_sound_scores(self._out, record)
+                self._unreadable += faults
 
 
 def _keys(jobs: Iterable[Job]) -> set[str]:

@@ -14,13 +14,24 @@ from typing import Any, TypeVar
 
 from dalorra_core.bench.grid import Cell, EvaluationSettings, Grid, Predictive
 from dalorra_core.config import DataConfig
-from dalorra_core.data.examples import Example
-from dalorra_core.data.tasks import TaskData, evaluation_examples, find_task, load_task, task_of
+from dalorra_core.data.examples import ChoiceExample, Example
+from dalorra_core.data.prompts import prompt_template
+from dalorra_core.data.tasks import (
+    Task,
+    TaskData,
+    evaluation_examples,
+    find_task,
+    load_task,
+    task_labels,
+    task_of,
+    task_prompt,
+)
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.predictive.matching import BaseIdentity
 from dalorra_core.predictive.shared_base import identify
 from dalorra_core.training.settings import TrainConfig
+from dalorra_core.training.sources import with_defaults_of
 
 __all__ = [
     "FORMAT",
@@ -138,8 +149,20 @@ def plan_jobs(grid: Grid, found: Sequence[Cell]) -> tuple[list[Job], list[Planne
         }
         digests = {name: rows_sha256(rows) for name, rows in sets.items()}
         held_out = rows_sha256(spaced(data.held_out, grid.evaluation.temperature_rows))
+        if cell.temperature and not data.held_out:
+            raise ConfigError(
+                f"methods.{cell.label}: temperature needs held-out rows; data.held_out_share must "
+                f"be above 0 for {cell.task}, got {cell.config.data.held_out_share}"
+            )
         wanted = tuple(
-            _wanted(name, one, grid.evaluation, digests, held_out if cell.temperature else None)
+            _wanted(
+                name,
+                one,
+                grid.evaluation,
+                digests,
+                _reading(data.task, cell.config.data, of=None if name == IN else name),
+                held_out if cell.temperature else None,
+            )
             for name in sets
             for one in grid.evaluation.predictives
         )
@@ -181,6 +204,8 @@ def run_key(config: TrainConfig, data: TaskData, base: BaseIdentity) -> str:
         {
             "format": FORMAT,
             "settings": settings,
+            "reading": _reading(data.task, config.data),
+            "labels": [*data.labels, *data.task.reserved],
             "train": rows_sha256(data.train),
             "held_out": rows_sha256(data.held_out),
             "base": base.fingerprint,
@@ -219,16 +244,52 @@ def _task_rows(config: DataConfig) -> TaskData:
 
 
 def _other_rows(cell: Cell, name: str, data: TaskData, limit: int | None) -> list[Example]:
-    other = find_task(name)
+    """Return the rows of a set out of distribution.
+
+    Raises:
+        ConfigError: They are of the other form, the task's own, or have labels it does not know.
+    """
+    other, config = find_task(name), cell.config.data
+    where = f"out_of_distribution.{cell.task}: {name} must be"
     if other.kind != data.task.kind:
+        raise ConfigError(f"{where} a task of the same form ({data.task.kind}), got {other.kind}")
+    rows = evaluation_examples(other, config.root, drop_last=config.eval_drop_last)
+    labels = task_labels(other, config.root)
+    shared = _sources(data.task) & _sources(other)
+    apart = data.task.selects and other.selects and not set(labels) & set(data.labels)
+    if (shared and not apart) or rows == data.evaluation:
+        places = ", ".join(sorted("/".join(place) for place in shared)) or "all of them"
         raise ConfigError(
-            f"out_of_distribution.{cell.task}: {name} must be a task of the same form "
-            f"({data.task.kind}), got {other.kind}"
+            f"{where} a task with other evaluation rows than {data.task.name}; both have {places}"
         )
-    rows = evaluation_examples(
-        other, cell.config.data.root, drop_last=cell.config.data.eval_drop_last
-    )
+    known = {*data.labels, *data.task.reserved}
+    asked = set(labels) if config.softmax == "union" else set()
+    asked |= {c.label for row in rows if isinstance(row, ChoiceExample) for c in row.choices}
+    if other.kind == "choice" and asked - known:
+        raise ConfigError(
+            f"{where} a task whose choices an adapter of {data.task.name} has labels for "
+            f"({', '.join(sorted(known))}), got also {', '.join(sorted(asked - known))}"
+        )
     return spaced(rows, limit)
+
+
+def _sources(task: Task) -> set[tuple[str, str]]:
+    return {(source.folder, source.evaluation_split) for source in task.sources}
+
+
+def _reading(task: Task, config: DataConfig, *, of: str | None = None) -> dict[str, str | None]:
+    """Return how rows become prompts: what the settings leave to the task, filled in.
+
+    As ``training.prepare`` does it: texts from elsewhere keep the task's own prompt, questions
+    bring theirs.
+    """
+    asked = task if of is None else find_task(of)
+    prompted = task if task.kind == "text" else asked
+    template = prompt_template(task.kind, task_prompt(prompted, config.prompt))
+    return {
+        "prompt": template.sha256,
+        "truncate": with_defaults_of(asked, config).truncate,
+    }
 
 
 def _wanted(
@@ -236,12 +297,14 @@ def _wanted(
     predictive: Predictive,
     evaluation: EvaluationSettings,
     digests: dict[str, str],
+    reading: dict[str, str | None],
     temperature_rows: str | None,
 ) -> Wanted:
     values = {
         "format": FORMAT,
         "set": name,
         "rows": digests[name],
+        "reading": reading,
         "against": digests[IN],
         "estimator": predictive.estimator,
         "num_samples": predictive.num_samples,

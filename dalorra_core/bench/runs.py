@@ -31,12 +31,13 @@ from dalorra_core.bench.store import (
     hold,
     read_record,
     run_directory,
+    with_sound_scores,
     write_record,
     write_scores,
 )
 from dalorra_core.calibration.temperature import fit_temperature
 from dalorra_core.data.collate import EncodedExample
-from dalorra_core.errors import ArtifactError, ConfigError, DalorraError, DataError
+from dalorra_core.errors import ArtifactError, DalorraError, DataError
 from dalorra_core.methods import METHODS
 from dalorra_core.metrics.bootstrap import bootstrap_interval
 from dalorra_core.metrics.calibration import nll
@@ -64,7 +65,6 @@ def is_finished(job: Job, record: Record | None) -> bool:
     """Return whether a record has all that the grid wants of a run."""
     return (
         record is not None
-        and record.status == "done"
         and record.train_nll_rows == _train_nll_rows(job)
         and {one.id for one in job.wanted} <= {one.id for one in record.evaluations}
     )
@@ -84,11 +84,16 @@ def attempt(job: Job, out: Path, say: Callable[[str], None]) -> Record:
         try:
             record = _run(job, directory, before, say)
         except Exception as error:  # noqa: BLE001  the other runs go on, whatever this one died of
-            with (directory / LOG_FILE).open("a", encoding="utf-8") as log:
-                log.write(traceback.format_exc())
-            record = _failed(before, f"{type(error).__name__}: {error}")
+            record = _failed(before, _logged(error, directory))
         write_record(out, record)
     return record
+
+
+def _logged(error: Exception, directory: Path) -> str:
+    """Write the traceback of what is being handled to the run's log and return its last line."""
+    with (directory / LOG_FILE).open("a", encoding="utf-8") as log:
+        log.write(traceback.format_exc())
+    return f"{type(error).__name__}: {error}"
 
 
 def write_failure(job: Job, out: Path, error: str) -> Record:
@@ -104,14 +109,19 @@ def _failed(before: Record, error: str) -> Record:
 
 
 def _record_so_far(job: Job, out: Path, say: Callable[[str], None]) -> Record:
-    """Return the stored record, or an empty one when there is none that can be used."""
+    """Return what can be used of the stored record, an empty one when there is none."""
     try:
         found = read_record(out, job.key)
     except DataError as error:
         say(f"{error}; made anew from the adapter")
         found = None
+    if found is not None:
+        sound, faults = with_sound_scores(out, found)
+        for fault in faults:
+            say(f"{fault}; scored again")
+        return sound
     cell = job.cell
-    return found or Record(
+    return Record(
         key=job.key,
         label=cell.label,
         task=cell.task,
@@ -124,6 +134,7 @@ def _record_so_far(job: Job, out: Path, say: Callable[[str], None]) -> Record:
 
 def _run(job: Job, directory: Path, before: Record, say: Callable[[str], None]) -> Record:
     artifact = _trained(job, directory, say)
+    before = _of_this_adapter(before, artifact.sha256, say)
     config = job.cell.config
     say("loading the stored adapter")
     base = SharedBase.load(
@@ -132,27 +143,55 @@ def _run(job: Job, directory: Path, before: Record, say: Callable[[str], None]) 
     predictor = Predictor.on(base, artifact)
     data = prepare_training_data(config.data, base.tokenizer)
     scoring = _Scoring(job, directory, predictor, base.tokenizer, data, say)
-    train_nll = before.train_nll
-    if train_nll is None or before.train_nll_rows != _train_nll_rows(job):
-        train_nll = scoring.train_nll()
+    faults: list[str] = []
+    train_nll, train_nll_rows = before.train_nll, before.train_nll_rows
+    if train_nll is None or train_nll_rows != _train_nll_rows(job):
+        train_nll, train_nll_rows = None, 0
+        try:
+            train_nll, train_nll_rows = scoring.train_nll(), _train_nll_rows(job)
+        except Exception as error:  # noqa: BLE001  evaluations do not depend on it
+            faults.append(_logged(error, directory))
     known = {one.id for one in before.evaluations}
-    new = [scoring.evaluation(one) for one in job.wanted if one.id not in known]
-    shutil.rmtree(directory / TRAINING / "checkpoints", ignore_errors=True)
+    new: list[Evaluation] = []
+    for one in job.wanted:
+        if one.id in known:
+            continue
+        try:
+            new.append(scoring.evaluation(one))
+        except Exception as error:  # noqa: BLE001  the other evaluations are of use without it
+            faults.append(f"{one.set}, {one.predictive.name}: {_logged(error, directory)}")
+    _drop_checkpoints(directory / TRAINING)
     trained, stored = _parameters(artifact.manifest, artifact)
     return before.model_copy(
         update={
-            "status": "done",
-            "error": None,
+            "status": "failed" if faults else "done",
+            "error": "; ".join(dict.fromkeys(faults))[:_ERROR_CHARACTERS] or None,
             "sizes": {**before.sizes, **job.sizes},
             "provenance": _provenance(job, predictor),
             "trained_parameters": trained,
             "extra_parameters": stored,
             "train_seconds": _train_seconds(artifact.manifest),
             "train_nll": train_nll,
-            "train_nll_rows": _train_nll_rows(job),
+            "train_nll_rows": train_nll_rows,
             "evaluations": (*before.evaluations, *new),
         }
     )
+
+
+def _of_this_adapter(before: Record, sha256: str, say: Callable[[str], None]) -> Record:
+    """Return a record without what it says of an adapter that is no longer there."""
+    digests = before.provenance.get("digests")
+    known = digests.get("adapter") if isinstance(digests, dict) else None
+    if known is None or known == sha256:
+        return before
+    say("the adapter is not the one that was scored; all is scored again")
+    return before.model_copy(update={"evaluations": (), "train_nll": None, "train_nll_rows": 0})
+
+
+def _drop_checkpoints(training: Path) -> None:
+    """Delete the checkpoints of a run and of the members of an ensemble."""
+    for folder in (training, *training.glob("member-*")):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _trained(job: Job, directory: Path, say: Callable[[str], None]) -> Artifact:
@@ -276,17 +315,8 @@ class _Scoring:
         return self._answers[key]
 
     def _temperature(self, plan: SamplingPlan) -> tuple[float, TemperatureOfRun]:
-        """Fit a temperature on the held-out rows, all of which are for nothing else here.
-
-        Raises:
-            ConfigError: No row is held out.
-        """
+        """Fit a temperature on the held-out rows, all of which are for nothing else here."""
         rows = spaced(self.data.validation, self.job.evaluation.temperature_rows)
-        if not rows:
-            raise ConfigError(
-                "temperature needs held-out rows; data.held_out_share must be above 0 for "
-                f"{self.job.cell.task}, got {self.job.cell.config.data.held_out_share}"
-            )
         found = self._answered("held-out rows", rows, plan)
         everything = torch.ones(len(rows), dtype=torch.bool)
         fit = fit_temperature(found.log_probs, found.labels, everything, everything)
@@ -324,8 +354,16 @@ class _Scoring:
             found.labels,
             log_mean_probs(log_probs),
             {score: getattr(summary, score) for score in SCORES},
+            _repeats(found.rows),
         )
         return write_scores(self.directory / name, scores)
+
+
+def _repeats(rows: Sequence[EncodedExample]) -> Tensor:
+    """Return the place of the first row that asks the same, (n,): its own where nothing repeats."""
+    first: dict[object, int] = {}
+    places = [first.setdefault((row.token_ids, row.allowed), i) for i, row in enumerate(rows)]
+    return torch.tensor(places, dtype=torch.int64)
 
 
 def _interval(value: float, low: float | None = None, high: float | None = None) -> Interval:

@@ -8,11 +8,11 @@ the records.
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from dalorra_core.bench.keys import FORMAT, Planned
 from dalorra_core.errors import ConfigError, DataError
 
 __all__ = [
+    "GRID_FILE",
     "RESULTS_FILE",
     "SCORES",
     "Evaluation",
@@ -32,16 +33,19 @@ __all__ = [
     "Result",
     "Scores",
     "TemperatureOfRun",
+    "cell_fault",
     "hold",
     "read_record",
     "read_results",
     "read_scores",
     "run_directory",
+    "with_sound_scores",
     "write_record",
     "write_results",
     "write_scores",
 ]
 
+GRID_FILE = "grid.json"
 RESULTS_FILE = "results.jsonl"
 SCORES = (
     "confidence",
@@ -160,10 +164,17 @@ _RecordT = TypeVar("_RecordT", bound=Record)
 
 
 class Result(Record):
-    """A record as one cell of the grid sees it; ``line`` of ``lines`` in its file, from 1."""
+    """A record as one cell of the grid sees it.
+
+    Attributes:
+        line: Its place in its file, from 1.
+        lines: How many there are.
+        sha256: Of the rest of the line, as JSON.
+    """
 
     line: int
     lines: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -175,12 +186,14 @@ class Scores:
         labels: (n,) int64, -1 where the adapter has no such label.
         log_mean_probs: (n, C) float32, natural log, -inf where a label is no choice.
         scores: Name to (n,) float32; see `SCORES`.
+        groups: (n,) int64, the place of the first row that is the same question.
     """
 
     ids: tuple[str, ...]
     labels: Tensor
     log_mean_probs: Tensor
     scores: Mapping[str, Tensor]
+    groups: Tensor
 
 
 def run_directory(out: Path, key: str) -> Path:
@@ -231,10 +244,50 @@ def read_record(out: Path, key: str) -> Record | None:
     return record
 
 
+def with_sound_scores(out: Path, record: Record) -> tuple[Record, list[str]]:
+    """Return a record without the evaluations whose scores are lost, and what is wrong with them.
+
+    They count as not done, so that they are scored again.
+    """
+    sound: list[Evaluation] = []
+    faults: list[str] = []
+    for one in record.evaluations:
+        path = run_directory(out, record.key) / one.scores
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            faults.append(f"{path} cannot be read: {error.strerror}")
+            continue
+        if found == one.scores_sha256:
+            sound.append(one)
+        else:
+            faults.append(f"{path} has sha256 {found}, its record says {one.scores_sha256}")
+    return record.model_copy(update={"evaluations": tuple(sound)}), faults
+
+
+def cell_fault(record: Record, wanted: Collection[str]) -> str | None:
+    """Return why a cell of the grid is not done, None if it is.
+
+    A run that failed in one evaluation has done the cells that do not want it.
+
+    Args:
+        record: Of the cell's run.
+        wanted: Ids of the cell's evaluations.
+    """
+    missing = set(wanted) - {one.id for one in record.evaluations}
+    if not missing:
+        return None
+    return record.error or (
+        f"{len(missing)} of {len(set(wanted))} evaluations are missing; `dalorra bench run` with "
+        "the same grid goes on"
+    )
+
+
 def write_results(out: Path, planned: Sequence[Planned], records: Mapping[str, Record]) -> Path:
     """Write the line of every cell that has a record, in one step, and return the file.
 
-    A cell sees those of the run's evaluations that it wants, and paths that begin at ``out``.
+    A cell sees those of the run's evaluations that it wants, and paths that begin at ``out``. It is
+    done when they are all there.
     """
     found = [(cell, records[cell.key]) for cell in planned if cell.key in records]
     lines = []
@@ -243,15 +296,18 @@ def write_results(out: Path, planned: Sequence[Planned], records: Mapping[str, R
         own = [one for one in record.evaluations if one.id in plan.wanted]
         own.sort(key=lambda one: plan.wanted.index(one.id))
         placed = [one.model_copy(update={"scores": str(prefix / one.scores)}) for one in own]
+        error = cell_fault(record, plan.wanted)
         values = record.model_dump(mode="json") | {
             "label": plan.cell.label,
             "task": plan.cell.task,
             "seed": plan.cell.seed,
+            "status": "done" if error is None else "failed",
+            "error": error,
             "evaluations": [one.model_dump(mode="json") for one in placed],
             "line": number,
             "lines": len(found),
         }
-        lines.append(json.dumps(values, allow_nan=False) + "\n")
+        lines.append(_line(values | {"sha256": _line_sha256(values)}))
     path = out / RESULTS_FILE
     place_file(path, "".join(lines).encode())
     return path
@@ -272,8 +328,12 @@ def read_results(out: Path) -> list[Result]:
             f"{path} cannot be read ({error.strerror}): OUT must be the --output of `dalorra bench "
             "run`"
         ) from error
+    if not content:
+        raise DataError(
+            f"{path}, line 1: the file is empty; it was cut, or no run has ended yet. {_AGAIN}"
+        )
     results = [
-        _parsed(Result, line, path, number)
+        _whole_line(_parsed(Result, line, path, number), line, path, number)
         for number, line in enumerate(content.splitlines(), start=1)
     ]
     for number, result in enumerate(results, start=1):
@@ -289,6 +349,7 @@ def write_scores(path: Path, scores: Scores) -> str:
     """Write scores in one step and return the file's sha256."""
     tensors = {
         "labels": scores.labels.long(),
+        "groups": scores.groups.long(),
         "log_mean_probs": scores.log_mean_probs.float(),
         **{name: value.float() for name, value in scores.scores.items()},
     }
@@ -313,10 +374,31 @@ def read_scores(path: Path, sha256: str) -> Scores:
         with safe_open(path, framework="pt") as file:
             ids = json.loads((file.metadata() or {})["ids"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        labels, log_mean_probs, groups = (
+            tensors.pop(name) for name in ("labels", "log_mean_probs", "groups")
+        )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    labels, log_mean_probs = tensors.pop("labels"), tensors.pop("log_mean_probs")
-    return Scores(tuple(ids), labels, log_mean_probs, tensors)
+    return Scores(tuple(ids), labels, log_mean_probs, tensors, groups)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _line_sha256(values: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in values.items() if name != "sha256"}
+    return hashlib.sha256(_line(rest).encode()).hexdigest()
+
+
+def _whole_line(result: Result, line: bytes, path: Path, number: int) -> Result:
+    """Return a result whose line is as it was written."""
+    if (found := _line_sha256(json.loads(line))) != result.sha256:
+        raise DataError(
+            f"{path}, line {number}: was changed: its sha256 is {found}, it says {result.sha256}. "
+            f"{_AGAIN}"
+        )
+    return result
 
 
 def _parsed(model: type[_RecordT], content: bytes, path: Path, line: int) -> _RecordT:

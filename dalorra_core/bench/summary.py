@@ -12,12 +12,20 @@ import torch
 
 from dalorra_core.artifact.placing import place_file
 from dalorra_core.artifact.store import load_artifact
+from dalorra_core.bench.grid import Grid
 from dalorra_core.bench.keys import IN
-from dalorra_core.bench.store import Evaluation, Result, read_results, read_scores, run_directory
+from dalorra_core.bench.store import (
+    GRID_FILE,
+    Evaluation,
+    Result,
+    read_results,
+    read_scores,
+    run_directory,
+)
 from dalorra_core.bench.sweeps import sweep_figures
 from dalorra_core.errors import ArtifactError, DataError
 from dalorra_core.methods import METHODS
-from dalorra_core.metrics.scored import ScoredRows
+from dalorra_core.metrics.scored import ScoredRows, noise_floors
 from dalorra_core.metrics.selective import risk_coverage_curve
 from dalorra_core.predictive.matching import state_of
 from dalorra_core.report.bench_plots import (
@@ -68,10 +76,10 @@ def write_report(out: Path) -> list[Path]:
 
     Raises:
         ConfigError: There are no results, or no matplotlib.
-        DataError: Results or scores are not what was written, or nothing was scored.
+        DataError: Grid, results or scores are not what was written, or nothing was scored.
     """
     check_plotting()
-    results = read_results(out)
+    results, grid = read_results(out), _grid(out)
     scored = [
         _Scored(result, one, _rows(out / one.scores, one.scores_sha256))
         for result in results
@@ -83,21 +91,35 @@ def write_report(out: Path) -> list[Path]:
     folder = out / "report"
     folder.mkdir(exist_ok=True)
     tables = folder / "tables.md"
-    place_file(tables, _tables(results, scored).encode())
+    place_file(tables, _tables(grid, results, scored).encode())
     return [tables, *save_figures(folder, _figures(out, results, scored))]
+
+
+def _grid(out: Path) -> Grid:
+    path = out / GRID_FILE
+    try:
+        return Grid.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read; `dalorra bench run` writes it again: {error}"
+        ) from error
 
 
 def _rows(path: Path, sha256: str) -> ScoredRows:
     found = read_scores(path, sha256)
-    return ScoredRows(found.labels, found.log_mean_probs, found.scores, found.ids)
+    return ScoredRows(
+        found.labels, found.log_mean_probs, found.scores, found.ids, groups=found.groups
+    )
 
 
 # --- tables -----------------------------------------------------------------------------------
 
 
-def _tables(results: Sequence[Result], scored: Sequence[_Scored]) -> str:
+def _tables(grid: Grid, results: Sequence[Result], scored: Sequence[_Scored]) -> str:
     parts = ["# Results\n", _machine(results)]
-    reference = scored[0].result.label
+    reference = next(iter(grid.methods))
+    if missing := _missing(grid, results):
+        parts += ["## Missing cells\n", missing]
     for predictive in dict.fromkeys(one.evaluation.predictive for one in scored):
         chosen = _run_results([one for one in scored if one.evaluation.predictive == predictive])
         parts += [f"## {predictive}\n", results_markdown(chosen, reference=reference)]
@@ -119,13 +141,14 @@ def _run(one: _Scored) -> tuple[str, str, int]:
 
 def _run_result(one: _Scored, inside: _Scored | None) -> RunResult:
     """Return one evaluation as a cell; ``inside`` is the run's own set, which detection needs."""
-    floor = one.evaluation.ece_noise_floor
+    recorded = one.evaluation.ece_noise_floor
+    floors = {} if recorded is None else noise_floors(one.rows) | {"ece": recorded[0]}
     return RunResult(
         method=one.result.label,
         column=_column(one),
         seed=one.result.seed,
         metrics={name: interval.value for name, interval in one.evaluation.metrics.items()},
-        ece_noise_floor=None if floor is None else floor[0],
+        noise_floors=floors,
         rows=one.rows,
         in_rows=None if inside is None or one.evaluation.set == IN else inside.rows,
     )
@@ -166,6 +189,23 @@ def _runs(results: Sequence[Result]) -> str:
         ]
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     return "\n".join([*lines, "", _RUN_CAPTION, ""])
+
+
+def _missing(grid: Grid, results: Sequence[Result]) -> str:
+    """Return the cells of the grid that the tables are without; differences need the first one."""
+    status = {(r.label, r.task, r.seed): r.status for r in results}
+    lines = [
+        f"- {_cell(label)}, {entry.name}, seed {seed}: {found}"
+        for label in grid.methods
+        for entry in grid.tasks
+        for seed in grid.seeds
+        if (found := status.get((label, entry.name, seed), "not run")) != "done"
+    ]
+    if not lines:
+        return ""
+    reference = _cell(next(iter(grid.methods)))
+    note = f"Means are over the seeds that are there; differences are to {reference}."
+    return "\n".join([*lines, "", note, ""])
 
 
 def _failures(results: Sequence[Result]) -> str:

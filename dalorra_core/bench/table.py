@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dalorra_core.bench.keys import IN, Job, Planned
 from dalorra_core.bench.runs import TRAINING
-from dalorra_core.bench.store import Record, run_directory
+from dalorra_core.bench.store import Record, cell_fault, run_directory
 
 __all__ = ["Board", "duration", "outcome"]
 
@@ -119,7 +119,7 @@ class Board:
         count: Counter[tuple[str, str, str]] = Counter()
         for plan in self._planned:
             record = self.records.get(plan.key)
-            state = "left" if record is None else record.status
+            state = "left" if record is None else _state(record, plan)
             count[plan.cell.label, plan.cell.task, state] += 1
         for label in dict.fromkeys(plan.cell.label for plan in self._planned):
             row = []
@@ -163,6 +163,12 @@ def duration(seconds: float) -> str:
     """
     whole = int(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def _state(record: Record, plan: Planned) -> str:
+    if cell_fault(record, plan.wanted) is None:
+        return "done"
+    return "failed" if record.status == "failed" else "left"
 
 
 def _name(job: Job) -> str:

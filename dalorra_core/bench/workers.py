@@ -90,9 +90,8 @@ def run_in_workers(
         devices: Device of each worker; one may be there several times.
     """
     waiting = deque(jobs)
-    used = devices[: len(jobs)]
-    threads = max(1, torch.get_num_threads() // max(1, len(used)))
-    workers = [_Worker(device, out, threads) for device in used]
+    threads = max(1, torch.get_num_threads() // len(devices))  # however few runs are left
+    workers = [_Worker(device, out, threads) for device in devices[: len(jobs)]]
     try:
         for worker in workers:
             worker.start(waiting.popleft(), listener)

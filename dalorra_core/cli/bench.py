@@ -106,7 +106,8 @@ def report_command(
 
     Tables are methods by tasks, one for each metric: mean and standard deviation over seeds. Bold
     and underlined are the best and the second best only where a paired test over the same rows and
-    seeds supports it. Reads `OUT/results.jsonl` and the scores it names, nothing else.
+    seeds supports it. Reads `OUT/grid.json`, `OUT/results.jsonl` and the scores that it names; the
+    figures of gates also read the adapters.
 
     Exit status: 0 done, 1 the results cannot be used, 2 wrong usage.
     """

@@ -87,7 +87,9 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     what each of the adapter's policies decides, beside the risk it was certified for (with other
     sampling or precision than it was certified with, there is no certificate). Shares and
     risks are at the data's own share of out-of-scope rows; a certificate speaks of traffic with at
-    most its own. Intervals are 95 % bootstrap over rows: they know nothing of training noise.
+    most its own. Intervals are 95 % bootstrap over rows: they know nothing of training noise. A
+    method with gates also has their mean entropy, in and out of scope: equal unless the gates look
+    at the question.
 
     Rows with the adapter's out-of-scope label test rejection. Any other unknown label is an error,
     and so are rows that calibrated the adapter.
@@ -127,6 +129,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "out_of_scope_share": float((labels < 0).double().mean()),
             "truncated_rows": sum(row.truncated for row in rows),
             **report.to_json(),
+            "gate_entropy": _gate_entropy(predictor, rows, labels),
             "policies": _policies(predictor, plan, prediction, rows),
         }
         _show(result)
@@ -135,6 +138,17 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if scores is not None:
             _save_scores(scores, prediction, labels, measured_with(predictor, plan))
+
+
+def _gate_entropy(
+    predictor: Predictor, rows: Sequence[EncodedExample], labels: torch.Tensor
+) -> dict[str, float] | None:
+    """Return the mean entropy of the gates in and out of scope, in nats; None without gates."""
+    found = predictor.gate_entropy(rows)
+    if found is None:
+        return None
+    parts = {"in_scope": found[labels >= 0], "out_of_scope": found[labels < 0]}
+    return {name: float(part.mean()) for name, part in parts.items() if len(part)}
 
 
 def _policies(
@@ -244,6 +258,12 @@ def _show(result: dict[str, Any]) -> None:
         if name == "ece":
             line += f"  (perfectly calibrated: {floor:.4f} +- {spread:.4f})"
         typer.echo(line)
+    for name, value in (result["gate_entropy"] or {}).items():
+        typer.echo(f"  {'gate_entropy_' + name:<32} {value:.4f}")
+    _show_policies(result)
+
+
+def _show_policies(result: dict[str, Any]) -> None:
     for policy in result["policies"]:
         target, share = policy["target_risk"], policy["certified_out_of_scope_share"]
         promise = "no certificate"

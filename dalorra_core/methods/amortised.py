@@ -5,28 +5,18 @@ deviation is paid for by a divergence of its own.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.config import OptimConfig
-from dalorra_core.methods.dalorra import (
-    PHI,
-    GateSettings,
-    hard_gates,
-    kl_factor,
-    relaxed_gates,
-)
-from dalorra_core.methods.method import ParamGroup, TrainingPoint
+from dalorra_core.methods.dalorra import PHI, GateSettings, kl_factor
+from dalorra_core.methods.method import ParamGroup, TrainingPoint, factors_and
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
 
-__all__ = ["AmortisedSettings", "GateKind", "gate_divergences", "gate_groups", "gates_of"]
-
-GateKind = Literal["relaxed", "straight_through", "hard", "mean"]
-"""How gates come from logits; ``mean`` takes the keep probabilities."""
+__all__ = ["AmortisedSettings", "gate_divergences", "gate_groups"]
 
 
 class AmortisedSettings(GateSettings, frozen=True):
@@ -43,23 +33,6 @@ class AmortisedSettings(GateSettings, frozen=True):
     net_lr: float = Field(
         default=1e-3, gt=0, description="Peak learning rate of the gate net, by AdamW."
     )
-
-
-def gates_of(phi: Tensor, uniforms: Tensor | None, kind: GateKind, tau: float) -> Tensor:
-    """Return gates of the broadcast shape of logits and uniforms.
-
-    Args:
-        phi: Gate logits.
-        uniforms: In (0, 1), on the device of ``phi``; None for ``mean``.
-        kind: See ``GateKind``.
-        tau: Relaxation temperature.
-    """
-    if uniforms is None or kind == "mean":
-        return phi.sigmoid()
-    if kind == "hard":
-        return hard_gates(phi, uniforms)
-    z = relaxed_gates(phi, uniforms, tau)
-    return z + (hard_gates(phi, uniforms) - z).detach() if kind == "straight_through" else z
 
 
 def gate_divergences(
@@ -94,9 +67,9 @@ def gate_groups(
         config: Rates of the others.
         net: Names of the net's parameters.
     """
-    factors = tuple(name for name in state.params if name != PHI and name not in net)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
+    return factors_and(
+        state,
+        optim,
         ParamGroup((PHI,), config.mask_lr, 0.0),
         ParamGroup(net, config.net_lr, 0.0),
     )

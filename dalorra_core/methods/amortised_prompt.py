@@ -27,14 +27,15 @@ from dalorra_core.adapters.state import (
 )
 from dalorra_core.config import OptimConfig
 from dalorra_core.errors import ConfigError
-from dalorra_core.methods.amortised import (
-    AmortisedSettings,
+from dalorra_core.methods.amortised import AmortisedSettings, gate_divergences, gate_groups
+from dalorra_core.methods.dalorra import (
+    PHI,
     GateKind,
-    gate_divergences,
-    gate_groups,
+    gate_summary,
+    gate_uniforms,
     gates_of,
+    prior_logits,
 )
-from dalorra_core.methods.dalorra import PHI, gate_summary, gate_uniforms, prior_logits
 from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import gate_kl
@@ -47,6 +48,9 @@ GATE_IN = "gate_in"
 
 GATE_OUT = "gate_out"
 """Name of the modules' linear functions of the features, (L, r, K)."""
+
+_LEAST_VARIANCE = 1e-12
+"""Keeps a mean embedding of equal numbers finite; input embeddings may have variances of 1e-4."""
 
 
 class AmortisedPromptConfig(AmortisedSettings, frozen=True):
@@ -130,7 +134,7 @@ class _PromptGates:
         self, modules: Mapping[str, ModulePack], context: RowContext
     ) -> Mapping[str, ModulePack]:
         """Return the modules with gates (M, B, r)."""
-        with torch.autocast(context.mean_embedding.device.type, enabled=False):
+        with torch.autocast(context.is_token.device.type, enabled=False):
             logits = self.logits(context)  # (B, L, r)
             uniforms = None if self.uniforms is None else self.uniforms.unsqueeze(1)
             z = gates_of(logits, uniforms, self.kind, self.tau).to(self.phi.dtype)
@@ -158,7 +162,7 @@ class _PromptGates:
                 f"the base model's embeddings have width {d}, the adapted modules read "
                 f"{projection.shape[1]}: with these modules method.projection must be frozen"
             )
-        normed = F.layer_norm(mean, (d,))
+        normed = F.layer_norm(mean, (d,), eps=_LEAST_VARIANCE)
         features = F.relu(normed @ projection.to(mean.device, self.dtype).T)  # (B, K)
         deviation = torch.einsum("lrk,bk->blr", self.gate_out.to(self.dtype), features)
         return self.phi.to(self.dtype) + deviation

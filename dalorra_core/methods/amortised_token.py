@@ -23,19 +23,20 @@ from dalorra_core.adapters.state import (
     module_packs,
 )
 from dalorra_core.config import OptimConfig
-from dalorra_core.methods.amortised import (
-    AmortisedSettings,
+from dalorra_core.methods.amortised import AmortisedSettings, gate_divergences, gate_groups
+from dalorra_core.methods.dalorra import (
+    PHI,
     GateKind,
-    gate_divergences,
-    gate_groups,
+    gate_summary,
+    gate_uniforms,
     gates_of,
+    prior_logits,
 )
-from dalorra_core.methods.dalorra import PHI, gate_summary, gate_uniforms, prior_logits
 from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
 from dalorra_core.methods.token_notes import TellTokens, TokenNotes, notes_of, with_token_axis
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import gate_kl
-from dalorra_core.sampling.streams import uniforms
+from dalorra_core.sampling.designs import uniform_weights
 
 __all__ = ["METHOD", "AmortisedTokenConfig", "TokenGates"]
 
@@ -70,8 +71,8 @@ def _init(
     own = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name in ("gate_in", "gate_in_bias"):
         for i, spec in enumerate(specs):
-            draw = torch.from_numpy(uniforms(("init", seed, spec.name, name), own[name][i].numel()))
-            own[name][i] = ((2 * draw - 1) / r**0.5).float().view(own[name][i].shape)
+            shape = tuple(own[name][i].shape)
+            own[name][i] = uniform_weights(("init", seed, spec.name, name), shape, r)
     return init_factors(specs, r, seed) | {PHI: prior_logits(len(specs), r, config)} | own
 
 

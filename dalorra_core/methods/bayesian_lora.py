@@ -7,7 +7,7 @@ factors themselves are no parameters. Equation numbers are those of docs/method.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from dalorra_core.adapters.pack import ModulePack, SamplePack
 from dalorra_core.adapters.state import AdapterState, Shapes, factor_shapes, init_factors
 from dalorra_core.config import MethodSettings, OptimConfig
 from dalorra_core.errors import ConfigError
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.methods.row_flow import flow_size, init_flow, row_flow
 from dalorra_core.objectives.elbo import KlTerm, label_log_probs, mean_nll
 from dalorra_core.objectives.kl import normal_kl
@@ -156,12 +156,29 @@ def _is_bayesian(spec: TargetSpec, config: BayesianLoraConfig) -> bool:
     return wanted is None or spec.name.rpartition(".")[2] in wanted
 
 
-def _factors(specs: Sequence[TargetSpec], r: int, config: BayesianLoraConfig) -> Iterator[_Factor]:
-    """Yield the generated factors in the order of the stacked tensors."""
-    for spec in specs:
-        if _is_bayesian(spec, config):
-            yield _Factor(spec, "A", spec.d_in, spec.d_in)
-            yield _Factor(spec, "B", spec.d_out, r)
+def _factors(
+    specs: Sequence[TargetSpec], r: int, config: BayesianLoraConfig
+) -> tuple[_Factor, ...]:
+    """Return the generated factors in the order of the stacked tensors.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = tuple(
+        factor
+        for spec in specs
+        if _is_bayesian(spec, config)
+        for factor in (
+            _Factor(spec, "A", spec.d_in, spec.d_in),
+            _Factor(spec, "B", spec.d_out, r),
+        )
+    )
+    if not found:
+        raise ConfigError(
+            f"method.bayesian_modules names {', '.join(config.bayesian_modules or ())}, and none "
+            "of them is an adapted module"
+        )
+    return found
 
 
 # --- the Gaussian algebra of one factor -------------------------------------------------------
@@ -291,7 +308,7 @@ def _shapes(specs: Sequence[TargetSpec], r: int, config: BayesianLoraConfig) -> 
     k = config.num_inducing
     plain = [spec for spec in specs if not _is_bayesian(spec, config)]
     shapes: dict[str, tuple[int, ...]] = factor_shapes(plain, r)
-    factors = list(_factors(specs, r, config))
+    factors = _factors(specs, r, config)
     for factor in factors:
         shapes[factor.narrow], shapes[factor.wide] = (k, r), (k, factor.width)
     count = len(factors)
@@ -307,12 +324,7 @@ def _shapes(specs: Sequence[TargetSpec], r: int, config: BayesianLoraConfig) -> 
 def _init(
     specs: Sequence[TargetSpec], r: int, seed: int, config: BayesianLoraConfig
 ) -> dict[str, Tensor]:
-    k, factors = config.num_inducing, list(_factors(specs, r, config))
-    if not factors:
-        raise ConfigError(
-            f"method.bayesian_modules names {', '.join(config.bayesian_modules or ())}, and none "
-            "of them is an adapted module"
-        )
+    k, factors = config.num_inducing, _factors(specs, r, config)
 
     def drawn(what: str, *shape: int) -> Tensor:
         numbers = normals(("init", seed, what), math.prod(shape))
@@ -447,10 +459,9 @@ def _data_loss(
 def _param_groups(
     state: AdapterState, optim: OptimConfig, config: BayesianLoraConfig
 ) -> tuple[ParamGroup, ...]:
-    plain = tuple(name for name in state.params if name.endswith((".lora_A", ".lora_B")))
-    own = tuple(name for name in state.params if name not in plain)
-    groups = (ParamGroup(own, config.inducing_lr, config.inducing_weight_decay),)
-    return (ParamGroup(plain, optim.lr, optim.weight_decay), *groups) if plain else groups
+    own = tuple(name for name in state.params if not name.endswith((".lora_A", ".lora_B")))
+    decay = config.inducing_weight_decay
+    return factors_and(state, optim, ParamGroup(own, config.inducing_lr, decay))
 
 
 def _summary(state: AdapterState, config: BayesianLoraConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ SIGMA_ROOT = "sigma_root"
 """``<module>.sigma_root`` is G (r, d_in); its square is the standard deviation of A."""
 
 _LEAST_ROOT = 1e-3
-"""|G| counts as at least this in log sigma, whose gradient 2 / G would throw G far away."""
+"""Below this |G| log sigma goes on as a parabola in G; see ``_log_sigma``."""
 
 
 class BlobConfig(KlBurstSettings, WeightNoiseSettings, frozen=True):
@@ -97,13 +97,29 @@ def _predict_pack(state: AdapterState, config: BlobConfig, draw: Draw) -> Sample
     return SamplePack(draw.num_samples, state.scaling, modules)
 
 
+def _log_sigma(root: Tensor) -> Tensor:
+    """Return log G^2 in float64; where |G| < e, the parabola 2 log e - 1 + (G / e)^2.
+
+    Value and slope agree at e. Without it the slope 2 / G of a nearly vanished G would throw it far
+    away; with it the slope is at most 2 / e, and every G but 0 is still pushed away from 0.
+
+    Source:
+        docs/method.md, section 9.2.
+    """
+    wide = root.double()
+    near = wide.abs() < _LEAST_ROOT
+    far = wide.masked_fill(near, _LEAST_ROOT).abs().log()  # finite, hence its gradient too
+    parabola = math.log(_LEAST_ROOT) + 0.5 * ((wide / _LEAST_ROOT).square() - 1)
+    return 2 * torch.where(near, parabola, far)
+
+
 def _kl_terms(
     state: AdapterState, config: BlobConfig, point: TrainingPoint, _: SamplePack
 ) -> Mapping[str, KlTerm]:
     values = [
         normal_kl(
             state.params[f"{spec.name}.lora_A"],
-            2 * _root(state, spec).double().abs().clamp_min(_LEAST_ROOT).log(),
+            _log_sigma(_root(state, spec)),
             config.prior_sigma,
         ).sum()
         for spec in state.specs

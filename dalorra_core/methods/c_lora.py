@@ -24,13 +24,14 @@ from dalorra_core.adapters.state import (
     init_factors,
     module_packs,
 )
-from dalorra_core.config import MethodSettings, OptimConfig
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.config import OptimConfig
+from dalorra_core.errors import ConfigError
+from dalorra_core.methods.kl_bursts import KlCycleSettings, cycle_factor
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.methods.token_notes import TellTokens, TokenNotes, notes_of, with_token_axis
 from dalorra_core.objectives.elbo import KlTerm, mean_nll
 from dalorra_core.objectives.kl import normal_kl
-from dalorra_core.objectives.schedules import cycle_length, cyclic_weight
-from dalorra_core.sampling.streams import uniforms
+from dalorra_core.sampling.designs import uniform_weights
 from dalorra_core.sampling.token_normals import PositionNormals, RowNormals, TokenNormals
 
 __all__ = ["METHOD", "CLoraConfig", "ContextualCore", "net_shapes"]
@@ -38,11 +39,17 @@ __all__ = ["METHOD", "CLoraConfig", "ContextualCore", "net_shapes"]
 _PUBLISHED_KL_FACTOR = 1e-6
 """The published code multiplies the divergence by this, beside 1/L."""
 
+_LARGEST_RANK = 64
+"""A net of width H has more than 2 r^2 H parameters, and every token an r x r matrix."""
+
 _NET = ("net_W1", "net_b1", "net_W2", "net_b2")
 
 
-class CLoraConfig(MethodSettings, frozen=True):
-    """C-LoRA: a random r x r matrix between A and B, given by a net that reads A h."""
+class CLoraConfig(KlCycleSettings, frozen=True):
+    """C-LoRA: a random r x r matrix between A and B, given by a net that reads A h.
+
+    The rank, adapter.r, is at most 64.
+    """
 
     name: Literal["c_lora"] = "c_lora"
     width: int = Field(
@@ -65,7 +72,6 @@ class CLoraConfig(MethodSettings, frozen=True):
         le=1000,
         description="c_D: factor on the NLL; published 1 (ARC), 2 (WG-S, OBQA, BoolQ), 4 (WG-M).",
     )
-    kl_weight: float = Field(default=1.0, ge=0, description="Factor on the KL.")
     kl_scale: Literal["published", "per_example"] = Field(
         default="published",
         description="published: the sum over the rows of a step times 1e-6 / modules; per_example: "
@@ -76,9 +82,6 @@ class CLoraConfig(MethodSettings, frozen=True):
     )
     kl_padding: bool = Field(
         default=False, description="Count padding in the KL, as the published code does."
-    )
-    gamma: float = Field(
-        default=8.0, gt=0, le=1000, description="Sets the length of a cycle, as in BLoB."
     )
     net_lr: float = Field(
         default=0.01, gt=0, description="Peak learning rate of the nets, moved by plain SGD."
@@ -176,20 +179,32 @@ class ContextualCore:
         kept = () if self.normals is None else self.normals.tensors()
         return (self.net_W1, self.net_b1, self.net_W2, self.net_b2, *kept)
 
+    def bytes_to_come(self, length: int) -> int:
+        """Return what the table of noise will take beside that for rows of this length."""
+        positions = 1 if self.tied else length
+        return 0 if self.normals is None else self.normals.bytes_to_come(positions)
+
+
+def _check_rank(r: int) -> None:
+    if r > _LARGEST_RANK:
+        raise ConfigError(f"method c_lora needs adapter.r of at most {_LARGEST_RANK}, got {r}")
+
 
 def _shapes(specs: Sequence[TargetSpec], r: int, config: CLoraConfig) -> Shapes:
+    _check_rank(r)
     net = net_shapes(r, config.width)
     nets = {f"{spec.name}.{key}": shape for spec in specs for key, shape in net.items()}
     return factor_shapes(specs, r) | nets
 
 
 def _init(specs: Sequence[TargetSpec], r: int, seed: int, config: CLoraConfig) -> dict[str, Tensor]:
+    _check_rank(r)
     params = init_factors(specs, r, seed)
     for spec in specs:
         for key, shape in net_shapes(r, config.width).items():
-            bound = 1.0 / math.sqrt(r if key in ("net_W1", "net_b1") else config.width)
-            draw = torch.from_numpy(uniforms(("init", seed, spec.name, key), math.prod(shape)))
-            params[f"{spec.name}.{key}"] = ((2 * draw - 1) * bound).float().view(shape)
+            fan_in = r if key in ("net_W1", "net_b1") else config.width
+            name = ("init", seed, spec.name, key)
+            params[f"{spec.name}.{key}"] = uniform_weights(name, shape, fan_in)
     return params
 
 
@@ -250,28 +265,18 @@ def _kl_terms(
 
 
 def _kl_factor(num_modules: int, config: CLoraConfig, point: TrainingPoint) -> float:
-    factor = config.kl_weight
+    cyclic = config.kl_schedule == "cyclic"
+    factor = cycle_factor(config, point) if cyclic else config.kl_weight
     if config.kl_scale == "published":
         factor *= _PUBLISHED_KL_FACTOR / num_modules * point.batch_size
-    if config.kl_schedule == "cyclic":
-        cycle = cycle_length(point.num_examples, point.batch_size, config.gamma)
-        factor *= cyclic_weight(point.step, cycle)
     return factor
-
-
-def _is_net(name: str) -> bool:
-    return name.rpartition(".")[2] in _NET
 
 
 def _param_groups(
     state: AdapterState, optim: OptimConfig, config: CLoraConfig
 ) -> tuple[ParamGroup, ...]:
-    factors = tuple(name for name in state.params if not _is_net(name))
-    nets = tuple(name for name in state.params if _is_net(name))
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
-        ParamGroup(nets, config.net_lr, 0.0, "sgd"),
-    )
+    nets = tuple(name for name in state.params if name.rpartition(".")[2] in _NET)
+    return factors_and(state, optim, ParamGroup(nets, config.net_lr, 0.0, "sgd"))
 
 
 def _summary(state: AdapterState, config: CLoraConfig) -> dict[str, Any]:

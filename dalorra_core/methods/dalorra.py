@@ -22,7 +22,7 @@ from dalorra_core.adapters.state import (
     module_packs,
 )
 from dalorra_core.config import MethodSettings, OptimConfig
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
 from dalorra_core.sampling.designs import iid_uniforms
@@ -32,9 +32,11 @@ __all__ = [
     "PHI",
     "DalorraConfig",
     "GateDrawSettings",
+    "GateKind",
     "GateSettings",
     "gate_summary",
     "gate_uniforms",
+    "gates_of",
     "hard_gates",
     "kl_factor",
     "prediction_gates",
@@ -48,6 +50,9 @@ PHI = "phi"
 
 _UNIFORM_MARGIN = 1e-6
 """Training uniforms stay this far from 0 and 1, which bounds logit(v) by 13.8."""
+
+GateKind = Literal["relaxed", "straight_through", "hard", "mean"]
+"""How gates come from logits; ``mean`` takes the keep probabilities."""
 
 
 class GateDrawSettings(MethodSettings, frozen=True):
@@ -127,20 +132,33 @@ def hard_gates(phi: Tensor, uniforms: Tensor) -> Tensor:
     return (uniforms > drop_prob).float()  # (M, L, r)
 
 
-def training_gates(state: AdapterState, config: GateDrawSettings, draw: Draw) -> Tensor:
-    """Return the gates of a training step (S, L, r), differentiable in ``phi``."""
-    phi, uniforms = state.params[PHI], gate_uniforms(state, draw)
-    z = relaxed_gates(phi, uniforms, config.tau)
-    if config.train_masks == "straight_through":
+def gates_of(phi: Tensor, uniforms: Tensor | None, kind: GateKind, tau: float) -> Tensor:
+    """Return gates of the broadcast shape of logits and uniforms.
+
+    Args:
+        phi: Gate logits.
+        uniforms: In (0, 1); None for ``mean``.
+        kind: See ``GateKind``.
+        tau: Relaxation temperature.
+    """
+    if uniforms is None or kind == "mean":
+        return phi.sigmoid()
+    if kind == "hard":
+        return hard_gates(phi, uniforms)
+    z = relaxed_gates(phi, uniforms, tau)
+    if kind == "straight_through":
         z = z + (hard_gates(phi, uniforms).to(z.device) - z).detach()
     return z
 
 
+def training_gates(state: AdapterState, config: GateDrawSettings, draw: Draw) -> Tensor:
+    """Return the gates of a training step (S, L, r), differentiable in ``phi``."""
+    return gates_of(state.params[PHI], gate_uniforms(state, draw), config.train_masks, config.tau)
+
+
 def prediction_gates(state: AdapterState, config: GateDrawSettings, draw: Draw) -> Tensor:
     """Return the gates of a prediction (M, L, r)."""
-    phi, uniforms = state.params[PHI], gate_uniforms(state, draw)
-    hard = config.test_masks == "hard"
-    return hard_gates(phi, uniforms) if hard else relaxed_gates(phi, uniforms, config.tau)
+    return gates_of(state.params[PHI], gate_uniforms(state, draw), config.test_masks, config.tau)
 
 
 def prior_logits(num_modules: int, r: int, config: GateDrawSettings) -> Tensor:
@@ -195,11 +213,8 @@ def _kl_terms(
 def _param_groups(
     state: AdapterState, optim: OptimConfig, config: DalorraConfig
 ) -> tuple[ParamGroup, ...]:
-    factors = tuple(name for name in state.params if name != PHI)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
-        ParamGroup((PHI,), config.mask_lr, 0.0),  # decay would pull p towards 0.5
-    )
+    # decay would pull p towards 0.5
+    return factors_and(state, optim, ParamGroup((PHI,), config.mask_lr, 0.0))
 
 
 def gate_summary(state: AdapterState, _: MethodSettings) -> dict[str, Any]:

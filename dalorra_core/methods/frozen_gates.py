@@ -11,7 +11,7 @@ from dalorra_core.adapters.state import AdapterState
 from dalorra_core.config import OptimConfig
 from dalorra_core.methods import dalorra
 from dalorra_core.methods.dalorra import PHI, GateDrawSettings
-from dalorra_core.methods.method import ParamGroup
+from dalorra_core.methods.method import ParamGroup, factors_and
 
 __all__ = ["METHOD", "FrozenGatesConfig"]
 
@@ -25,11 +25,7 @@ class FrozenGatesConfig(GateDrawSettings, frozen=True):
 def _param_groups(
     state: AdapterState, optim: OptimConfig, _: FrozenGatesConfig
 ) -> tuple[ParamGroup, ...]:
-    factors = tuple(name for name in state.params if name != PHI)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
-        ParamGroup((PHI,), 0.0, 0.0),
-    )
+    return factors_and(state, optim, ParamGroup((PHI,), 0.0, 0.0))
 
 
 METHOD = replace(

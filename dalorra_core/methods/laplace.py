@@ -19,7 +19,7 @@ from dalorra_core.adapters.state import AdapterState, Shapes, factor_shapes
 from dalorra_core.config import MethodSettings
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods.map_estimate import MapConfig
-from dalorra_core.methods.method import FitContext, Method
+from dalorra_core.methods.method import FitContext, Method, method_by_name
 from dalorra_core.methods.mle import MleConfig, init_plain, plain_pack, the_plain_pack
 
 __all__ = [
@@ -74,8 +74,8 @@ class LaplaceConfig(MethodSettings, frozen=True):
     )
     link: Literal["sampled", "probit"] = Field(
         default="sampled",
-        description="How Gaussian logits become probabilities: draws of them, or one answer by the "
-        "probit approximation, which has no epistemic part.",
+        description="How Gaussian logits become probabilities: M draws of them, or one answer by "
+        "the probit approximation, which has no epistemic part and no error of a small M.",
     )
     evidence_steps: int = Field(
         default=100, ge=1, le=10_000, description="Adam steps on the log prior precision."
@@ -84,10 +84,7 @@ class LaplaceConfig(MethodSettings, frozen=True):
         default=0.1, gt=0, le=10, description="Adam's learning rate of those steps."
     )
 
-    @field_validator("trained_as", mode="before")
-    @classmethod
-    def _method_by_name(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+    _by_name = field_validator("trained_as", mode="before")(method_by_name)
 
 
 @dataclass(frozen=True)

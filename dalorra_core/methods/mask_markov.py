@@ -8,6 +8,7 @@ Equation numbers are those of docs/method.md.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,15 +29,14 @@ from dalorra_core.methods.dalorra import (
     PHI,
     GateSettings,
     gate_summary,
-    hard_gates,
+    gate_uniforms,
+    gates_of,
     kl_factor,
     prior_logits,
-    relaxed_gates,
 )
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
-from dalorra_core.sampling.designs import iid_uniforms
 
 __all__ = ["LINKS", "METHOD", "MaskMarkovConfig", "log_prob"]
 
@@ -153,30 +153,17 @@ def _init(
     return init_factors(specs, r, seed) | own
 
 
-def _uniforms(state: AdapterState, draw: Draw) -> Tensor:
-    return iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
-
-
 def _train_pack(state: AdapterState, config: MaskMarkovConfig, draw: Draw) -> SamplePack:
-    def gates(logits: Tensor, uniforms: Tensor) -> Tensor:
-        z = relaxed_gates(logits, uniforms, config.tau)
-        if config.train_masks == "straight_through":
-            z = z + (hard_gates(logits, uniforms).to(z.device) - z).detach()
-        return z
-
-    z = _walk(state.specs, state.params, _uniforms(state, draw), gates)
+    gates = partial(gates_of, kind=config.train_masks, tau=config.tau)
+    z = _walk(state.specs, state.params, gate_uniforms(state, draw), gates)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
 
 def _predict_pack(state: AdapterState, config: MaskMarkovConfig, draw: Draw) -> SamplePack:
-    def gates(logits: Tensor, uniforms: Tensor) -> Tensor:
-        if config.test_masks == "hard":
-            return hard_gates(logits, uniforms)
-        return relaxed_gates(logits, uniforms, config.tau)
-
+    gates = partial(gates_of, kind=config.test_masks, tau=config.tau)
     # In float64, so that the last digits of a sum, which differ between machines, move no gate.
     wide = {name: state.params[name].detach().double() for name in (PHI, LINKS)}
-    z = _walk(state.specs, wide, _uniforms(state, draw), gates).float()
+    z = _walk(state.specs, wide, gate_uniforms(state, draw), gates).float()
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
 
@@ -199,12 +186,8 @@ def _kl_terms(
 def _param_groups(
     state: AdapterState, optim: OptimConfig, config: MaskMarkovConfig
 ) -> tuple[ParamGroup, ...]:
-    own = (PHI, LINKS)
-    factors = tuple(name for name in state.params if name not in own)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
-        ParamGroup(own, config.mask_lr, 0.0),  # decay would pull p to 0.5 and the gates apart
-    )
+    # decay would pull p to 0.5 and the gates apart
+    return factors_and(state, optim, ParamGroup((PHI, LINKS), config.mask_lr, 0.0))
 
 
 def _summary(state: AdapterState, config: MaskMarkovConfig) -> dict[str, Any]:

@@ -29,12 +29,13 @@ from dalorra_core.methods.dalorra import (
     PHI,
     GateSettings,
     gate_summary,
+    gate_uniforms,
+    gates_of,
     hard_gates,
     kl_factor,
     prior_logits,
-    relaxed_gates,
 )
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
 from dalorra_core.sampling.designs import iid_uniforms, spread_uniforms
@@ -77,7 +78,8 @@ class MaskMixtureConfig(GateSettings, frozen=True):
 def _component_log_probs(phi: Tensor, z: Tensor) -> Tensor:
     """Return ln q_k(z) of every component, (..., K), for phi (K, L, r) and z (..., L, r)."""
     shut = F.logsigmoid(-phi).sum((-2, -1))  # (K,), as z phi + ln sigmoid(-phi) is each gate's part
-    return (z.unsqueeze(-3) * phi).sum((-2, -1)) + shut
+    dtype = torch.promote_types(z.dtype, phi.dtype)
+    return torch.einsum("...lr,klr->...k", z.to(dtype), phi.to(dtype)) + shut
 
 
 def log_prob(state: AdapterState, z: Tensor) -> Tensor:
@@ -141,10 +143,6 @@ def _init(
     return init_factors(specs, r, seed) | {PHI: phi, WEIGHTS: torch.zeros(config.num_components)}
 
 
-def _uniforms(state: AdapterState, draw: Draw) -> Tensor:
-    return iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
-
-
 def _picked(state: AdapterState, draw: Draw, tau: float) -> Tensor:
     """Return which component each training sample has, one-hot (S, K).
 
@@ -162,10 +160,8 @@ def _picked(state: AdapterState, draw: Draw, tau: float) -> Tensor:
 
 def _train_pack(state: AdapterState, config: MaskMixtureConfig, draw: Draw) -> SamplePack:
     phi = state.params[PHI]
-    noise = _uniforms(state, draw).unsqueeze(1)  # (S, 1, L, r): the same for every component
-    z = relaxed_gates(phi, noise, config.tau)  # (S, K, L, r)
-    if config.train_masks == "straight_through":
-        z = z + (hard_gates(phi, noise).to(z.device) - z).detach()
+    noise = gate_uniforms(state, draw).unsqueeze(1)  # (S, 1, L, r): the same for every component
+    z = gates_of(phi, noise, config.train_masks, config.tau)  # (S, K, L, r)
     picked = _picked(state, draw, config.tau)
     z = (picked[:, :, None, None] * z).sum(1)  # (S, L, r)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
@@ -179,10 +175,9 @@ def _components(state: AdapterState, draw: Draw) -> Tensor:
 
 
 def _predict_pack(state: AdapterState, config: MaskMixtureConfig, draw: Draw) -> SamplePack:
-    phi, noise = state.params[PHI], _uniforms(state, draw)
+    phi, noise = state.params[PHI], gate_uniforms(state, draw)
     own = phi[_components(state, draw).to(phi.device)]  # (M, L, r)
-    hard = config.test_masks == "hard"
-    z = hard_gates(own, noise) if hard else relaxed_gates(own, noise, config.tau)
+    z = gates_of(own, noise, config.test_masks, config.tau)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
 
@@ -212,12 +207,8 @@ def _kl_terms(
 def _param_groups(
     state: AdapterState, optim: OptimConfig, config: MaskMixtureConfig
 ) -> tuple[ParamGroup, ...]:
-    own = (PHI, WEIGHTS)
-    factors = tuple(name for name in state.params if name not in own)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
-        ParamGroup(own, config.mask_lr, 0.0),  # decay would pull p to 0.5 and the weights together
-    )
+    # decay would pull p to 0.5 and the weights together
+    return factors_and(state, optim, ParamGroup((PHI, WEIGHTS), config.mask_lr, 0.0))
 
 
 def _summary(state: AdapterState, config: MaskMixtureConfig) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from dalorra_core.methods.dalorra import (
     prior_logits,
     training_gates,
 )
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
-from dalorra_core.methods.weight_noise import WeightNoiseSettings, noisy_packs
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
+from dalorra_core.methods.weight_noise import NoiseKind, WeightNoiseSettings, noisy_packs
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl, normal_kl
 
@@ -47,6 +47,11 @@ class MaskWeightConfig(GateSettings, WeightNoiseSettings, frozen=True):
     """Gates and weights: Bernoulli gates over the ranks and Gaussian entries of lora_A."""
 
     name: Literal["mask_weight"] = "mask_weight"
+    train_noise: NoiseKind = Field(
+        default="weight_sample",
+        description="Noise on A in training: weight_sample draws A once for each of the S samples; "
+        "flipout gives each token of each row signs of its own.",
+    )
     prior_sigma: float = Field(
         default=0.15, gt=0, le=1e3, description="Prior standard deviation of the entries of A."
     )
@@ -153,9 +158,9 @@ def _param_groups(
     state: AdapterState, optim: OptimConfig, config: MaskWeightConfig
 ) -> tuple[ParamGroup, ...]:
     spreads = tuple(name for name in state.params if name.endswith(LOG_SIGMA))
-    factors = tuple(name for name in state.params if name != PHI and name not in spreads)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
+    return factors_and(
+        state,
+        optim,
         ParamGroup((PHI,), config.mask_lr, 0.0),
         ParamGroup(spreads, config.sigma_lr, 0.0),
     )

@@ -13,7 +13,15 @@ from dalorra_core.adapters.state import AdapterState, Shapes, factor_shapes
 from dalorra_core.config import MethodSettings, OptimConfig
 from dalorra_core.objectives.elbo import KlTerm, mean_nll
 
-__all__ = ["Draw", "FitContext", "Method", "ParamGroup", "TrainingPoint"]
+__all__ = [
+    "Draw",
+    "FitContext",
+    "Method",
+    "ParamGroup",
+    "TrainingPoint",
+    "factors_and",
+    "method_by_name",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,26 @@ class ParamGroup:
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
 
+def factors_and(
+    state: AdapterState, optim: OptimConfig, *own: ParamGroup
+) -> tuple[ParamGroup, ...]:
+    """Return the groups of a method's own parameters after one of the rest, LoRA's factors.
+
+    Args:
+        state: The adapter.
+        optim: Rate and decay of the rest.
+        own: Groups of the method's own parameters.
+    """
+    taken = {name for group in own for name in group.names}
+    rest = tuple(name for name in state.params if name not in taken)
+    return (ParamGroup(rest, optim.lr, optim.weight_decay), *own) if rest else own
+
+
+def method_by_name(value: object) -> object:
+    """Return the settings of a method that is given by its name alone; anything else as it is."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
 class TrainingPoint:
     """Where a run stands; weights of divergences may depend on it.
@@ -79,7 +107,6 @@ class FitContext:
 
     Attributes:
         num_rows: N, training rows; their indices are 0 .. N-1.
-        labels: (N,) right labels.
         seed: Run seed, for named streams.
         predict: (pack, row indices) -> (M, n, C) log-probabilities over each row's own labels.
         gradients: (pack of one function, row indices) -> label gradients, a few rows at a time, in
@@ -88,7 +115,6 @@ class FitContext:
     """
 
     num_rows: int
-    labels: Tensor
     seed: int
     predict: Callable[[SamplePack, Sequence[int]], Tensor]
     gradients: Callable[[SamplePack, Sequence[int]], Iterator[LabelGradients]]

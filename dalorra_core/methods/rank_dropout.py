@@ -22,8 +22,8 @@ from dalorra_core.adapters.state import (
 )
 from dalorra_core.config import MethodSettings
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods.dalorra import gate_uniforms
 from dalorra_core.methods.method import Draw, Method
-from dalorra_core.sampling.designs import iid_uniforms
 
 __all__ = ["METHOD", "RankDropoutConfig", "gates_with_zeros"]
 
@@ -77,8 +77,7 @@ def _init(
 
 
 def _pack(state: AdapterState, config: RankDropoutConfig, draw: Draw) -> SamplePack:
-    uniforms = iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
-    z = gates_with_zeros(uniforms, config.num_dropped)
+    z = gates_with_zeros(gate_uniforms(state, draw), config.num_dropped)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dalorra_core.sampling.streams import uniforms
+from dalorra_core.sampling.designs import uniform_weights
 
 __all__ = ["flow_size", "init_flow", "row_flow"]
 
@@ -34,7 +34,7 @@ def init_flow(key: tuple[str | int, ...], features: int) -> Tensor:
         key: Name of the random stream.
         features: Numbers of one row.
     """
-    draw = torch.from_numpy(uniforms(key, flow_size(features))).float() * 2 - 1
+    draw = uniform_weights(key, (flow_size(features),), 1)
     parts, layers, start = [], _layers(features), 0
     for rows, columns in layers:
         size = rows * (columns + 1)

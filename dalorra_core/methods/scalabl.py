@@ -24,7 +24,7 @@ from dalorra_core.adapters.state import (
 from dalorra_core.config import OptimConfig
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods.kl_bursts import KlBurstSettings, burst_factor
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import normal_kl, normal_kl_reversed
 from dalorra_core.sampling.designs import iid_normals
@@ -117,9 +117,9 @@ def _param_groups(
     state: AdapterState, optim: OptimConfig, config: ScalablConfig
 ) -> tuple[ParamGroup, ...]:
     own = (LOG_SCALE, LOG_SIGMA)
-    factors = tuple(name for name in state.params if name not in own)
-    return (
-        ParamGroup(factors, optim.lr, optim.weight_decay),
+    return factors_and(
+        state,
+        optim,
         ParamGroup(own, optim.lr, 0.0),  # decay would pull the values towards 1
         ParamGroup(own, config.kl_lr, 0.0, optimizer="sgd"),
     )

@@ -19,7 +19,7 @@ from dalorra_core.methods import dalorra
 from dalorra_core.methods.blob import BlobConfig
 from dalorra_core.methods.dalorra import PHI, DalorraConfig
 from dalorra_core.methods.map_estimate import MapConfig
-from dalorra_core.methods.method import Draw, FitContext, Method
+from dalorra_core.methods.method import Draw, FitContext, Method, method_by_name
 from dalorra_core.methods.mle import MleConfig, init_plain, plain_pack, the_plain_pack
 from dalorra_core.sampling.designs import iid_normals
 from dalorra_core.sampling.streams import permutation
@@ -54,8 +54,11 @@ class TfbConfig(MethodSettings, frozen=True):
         description="What may change by the tolerance: the NLL of the adapter's own answers, "
         "relatively, or the share of them.",
     )
-    tolerance: float = Field(
-        default=0.003, gt=0, le=10, description="Largest change; published: 0.003 and 0.01."
+    tolerance: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="Largest change; null: the published 0.003 for nll, 0.01 for answers.",
     )
     low: float | None = Field(
         default=None,
@@ -77,10 +80,7 @@ class TfbConfig(MethodSettings, frozen=True):
         default=500, ge=1, le=100_000, description="Training rows that the search looks at."
     )
 
-    @field_validator("trained_as", mode="before")
-    @classmethod
-    def _method_by_name(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
+    _by_name = field_validator("trained_as", mode="before")(method_by_name)
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> "TfbConfig":
@@ -88,6 +88,12 @@ class TfbConfig(MethodSettings, frozen=True):
         if low >= high:
             raise ValueError(f"low must be below high, got {low:g} and {high:g}")
         return self
+
+    @property
+    def largest_change(self) -> float:
+        """The tolerance, or the published one of the criterion."""
+        published = 0.003 if self.criterion == "nll" else 0.01
+        return published if self.tolerance is None else self.tolerance
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -193,7 +199,7 @@ def search_sigma(change: Callable[[int, float], float], config: TfbConfig) -> fl
         if faithful and config.criterion == "answers" and high - low < _NARROW:
             break
         middle = (low + high) / 2
-        if change(step, middle) <= config.tolerance:
+        if change(step, middle) <= config.largest_change:
             low = middle
         else:  # also where the noise made an answer NaN
             high = middle
@@ -242,7 +248,8 @@ def _fit(state: AdapterState, config: TfbConfig, context: FitContext) -> dict[st
 
     def reported(step: int, sigma: float) -> float:
         found = change(step, sigma)
-        context.report(f"sigma_q {sigma:.6g}: change {found:.4g}, tolerance {config.tolerance:g}")
+        limit = config.largest_change
+        context.report(f"sigma_q {sigma:.6g}: change {found:.4g}, tolerance {limit:g}")
         return found
 
     sigma = search_sigma(reported, config)

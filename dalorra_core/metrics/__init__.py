@@ -36,6 +36,8 @@ from dalorra_core.metrics.scored import (
     ScoredRows,
     detection_scores,
     metric_scores,
+    noise_floors,
+    possible_labels,
     with_outside,
 )
 from dalorra_core.metrics.selective import (
@@ -97,9 +99,11 @@ __all__ = [
     "metric_scores",
     "mutual_information",
     "nll",
+    "noise_floors",
     "normalized_entropy",
     "one_by_one",
     "paired_difference",
+    "possible_labels",
     "predictive_entropy",
     "reliability_bins",
     "risk_coverage_curve",

@@ -111,15 +111,16 @@ class Standing:
 
     Attributes:
         order: Methods with a defined score, best mean first.
-        best: The first, if it beats every other; else None.
-        second: The second, if it beats every one after it; else None, also where none is after it.
+        best: The first and those equal to it, if they beat every other; else none.
+        second: The next and those equal to it, if they beat every one after them; else none, also
+            where none is after them.
         p_best: Holm-adjusted p-value of the first claim; NaN where there is no such claim.
         p_second: The same of the second claim.
     """
 
     order: tuple[str, ...]
-    best: str | None
-    second: str | None
+    best: tuple[str, ...]
+    second: tuple[str, ...]
     p_best: float
     p_second: float
 
@@ -129,6 +130,7 @@ def seed_scores(
     runs: Mapping[int, Sequence[Tensor]],
     draw: RowDraw,
     strata: Int[Tensor, " n"] | None = None,
+    groups: Int[Tensor, " n"] | None = None,
 ) -> SeedScores:
     """Return the scores of one method's runs on all rows and on resampled rows.
 
@@ -138,6 +140,9 @@ def seed_scores(
         draw: Which resamples; give the same to methods that are to be compared.
         strata: Kind of each row, shape (n,), at least 0: as many rows of each kind are drawn as
             there are, for test sets that were put together of known parts. None: one kind.
+        groups: Number of each row's group, shape (n,): repeats of one question are drawn together,
+            since they are one piece of evidence. As many groups of each size are drawn as there
+            are, so that every resample has n rows. None: every row is a group.
 
     Returns:
         The scores; NaN where the statistic is undefined.
@@ -154,9 +159,10 @@ def seed_scores(
     whole = torch.ones(1, draw.num_rows, dtype=torch.float64)
     observed = torch.cat([statistic(whole, *arrays) for arrays in runs.values()])  # (S,)
     generator = torch.Generator().manual_seed(draw.seed)
+    kinds = _kinds(draw.num_rows, strata, groups)
     blocks: list[Tensor] = []
     for size in _blocks(draw.num_resamples, draw.num_rows):
-        counts = _row_counts(size, draw.num_rows, strata, generator)  # (size, n)
+        counts = _row_counts(size, draw.num_rows, kinds, generator)  # (size, n)
         scores = [statistic(counts, *arrays) for arrays in runs.values()]
         blocks.append(torch.stack(scores, dim=1))  # (size, S)
     return SeedScores(tuple(runs), observed, torch.cat(blocks), draw)
@@ -301,6 +307,9 @@ def standing(
     theirs, which also covers that the first was chosen by looking. Holm's correction is over the
     claims. A comparison with fewer than ``MIN_SEEDS`` common seeds supports nothing.
 
+    Methods whose scores are the same number on all rows and on every resample (the accuracy of a
+    method and of its tempered answers, say) are one method here: they share a place.
+
     Args:
         methods: Name to scores, all of one draw.
         higher_is_better: Direction of the score.
@@ -315,17 +324,43 @@ def standing(
         (name for name, mean in means.items() if not math.isnan(mean)),
         key=lambda name: sign * means[name],
     )
+    places = _places(order, methods)
     claims = [
-        max(_p_beats(methods[order[place]], methods[other], sign) for other in order[place + 1 :])
-        for place in range(min(2, len(order) - 1))
+        max(
+            _p_beats(methods[name], methods[other], sign)
+            for name in places[k]
+            for after in places[k + 1 :]
+            for other in after
+        )
+        for k in range(min(2, len(places) - 1))
     ]
     p_best, p_second = (*holm(claims), math.nan, math.nan)[:2]
     return Standing(
         order=tuple(order),
-        best=order[0] if p_best < significance else None,
-        second=order[1] if p_second < significance else None,
+        best=places[0] if p_best < significance else (),
+        second=places[1] if p_second < significance else (),
         p_best=p_best,
         p_second=p_second,
+    )
+
+
+def _places(order: Sequence[str], methods: Mapping[str, SeedScores]) -> list[tuple[str, ...]]:
+    """Return the methods in their order, equal ones together."""
+    places: list[tuple[str, ...]] = []
+    for name in order:
+        k = next((k for k, of in enumerate(places) if _equal(methods[of[0]], methods[name])), None)
+        if k is None:
+            places.append((name,))
+        else:
+            places[k] = (*places[k], name)
+    return places
+
+
+def _equal(one: SeedScores, other: SeedScores) -> bool:
+    return (
+        one.seeds == other.seeds
+        and torch.equal(one.observed, other.observed)
+        and torch.equal(one.resampled, other.resampled)
     )
 
 
@@ -355,15 +390,34 @@ def _t_draws(freedom: int, draw: RowDraw) -> Float[Tensor, " R"]:
     return torch.from_numpy(stdtrit(freedom, (place / draw.num_resamples).numpy()))
 
 
-def _row_counts(
-    size: int, num_rows: int, strata: Int[Tensor, " n"] | None, generator: torch.Generator
-) -> Float[Tensor, "size n"]:
-    """Return how often each row is drawn in each resample, with replacement within its kind."""
-    counts = torch.zeros(size, num_rows, dtype=torch.float64)
+def _kinds(
+    num_rows: int, strata: Int[Tensor, " n"] | None, groups: Int[Tensor, " n"] | None
+) -> list[Tensor]:
+    """Return the rows of the groups of each kind: (groups, size) of one stratum and one size."""
+    own = torch.arange(num_rows) if groups is None else groups
     kinds = torch.zeros(num_rows, dtype=torch.int64) if strata is None else strata
+    found: list[Tensor] = []
     for kind in kinds.unique(sorted=True):
         rows = (kinds == kind).nonzero().squeeze(1)
-        drawn = rows[torch.randint(len(rows), (size, len(rows)), generator=generator)]
+        _, place, sizes = own[rows].unique(return_inverse=True, return_counts=True)
+        for size in sizes.unique(sorted=True):
+            chosen = sizes[place] == size
+            together = place[chosen].argsort(stable=True)  # rows of a group side by side
+            found.append(rows[chosen][together].view(-1, int(size)))
+    return found
+
+
+def _row_counts(
+    size: int,
+    num_rows: int,
+    kinds: Sequence[Tensor],
+    generator: torch.Generator,
+) -> Float[Tensor, "size n"]:
+    """Return how often each row is drawn in each resample, its group with replacement."""
+    counts = torch.zeros(size, num_rows, dtype=torch.float64)
+    for groups in kinds:
+        number = len(groups)
+        drawn = groups[torch.randint(number, (size, number), generator=generator)].flatten(1)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     return counts
 

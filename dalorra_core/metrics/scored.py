@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalorra_core.errors import ConfigError
+from dalorra_core.metrics.calibration import adaptive_ece, classwise_ece, ece
 from dalorra_core.metrics.paired import RowDraw, SeedScores, seed_scores
 from dalorra_core.metrics.resampled import (
     Statistic,
@@ -22,7 +23,16 @@ from dalorra_core.metrics.resampled import (
     resampled_mean,
 )
 
-__all__ = ["METRICS", "Metric", "ScoredRows", "detection_scores", "metric_scores", "with_outside"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "ScoredRows",
+    "detection_scores",
+    "metric_scores",
+    "noise_floors",
+    "possible_labels",
+    "with_outside",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +45,15 @@ class ScoredRows:
         scores: Tensors of ``UncertaintySummary`` by name, each (n,); those that are missing make
             their ``auroc_*`` unavailable.
         ids: The rows' names, n of them, to see that two runs answered the same rows.
+        groups: Number of each row's group, shape (n,): rows with the same content have the same,
+            and are resampled together. None: all rows are different.
     """
 
     labels: Int[Tensor, " n"]
     log_mean_probs: Float[Tensor, "n C"]
     scores: Mapping[str, Float[Tensor, " n"]]
     ids: tuple[str, ...]
+    groups: Int[Tensor, " n"] | None = None
 
 
 _Arrays = Callable[[ScoredRows], tuple[Tensor, ...]]
@@ -72,6 +85,55 @@ def detection_scores(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: sign * scores[name] for name, sign in _DOUBT.items() if name in scores}
 
 
+def possible_labels(
+    probs: Float[Tensor, "n C"], labels: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n K"], Int[Tensor, " n"]]:
+    """Return probabilities of the labels that some row of a set may have, and labels among them.
+
+    A label that is no choice of any row (one in reserve, or of another part of a combined task)
+    has probability 0 everywhere and would make a mean over labels smaller without being right.
+
+    Args:
+        probs: Mixture probabilities, shape (n, C).
+        labels: True label indices, shape (n,); -1 stays -1.
+    """
+    inside = labels >= 0
+    possible = (probs[inside] > 0).any(dim=0)
+    possible[labels[inside]] = True
+    place = possible.long().cumsum(dim=0) - 1
+    return probs[:, possible], torch.where(inside, place[labels.clamp(min=0)], labels)
+
+
+def noise_floors(rows: ScoredRows, *, num_draws: int = 100, seed: int = 0) -> dict[str, float]:
+    """Return what each calibration error would be if all these probabilities were true.
+
+    Draws the label of each row from its own probabilities, again and again: what remains is noise.
+
+    Args:
+        rows: One run's answers; rows out of scope do not count.
+        num_draws: Simulated test sets, at least 1.
+        seed: Of the draws.
+
+    Returns:
+        Mean ``ece``, ``adaptive_ece`` and ``classwise_ece``, fractions; empty if no row is in
+        scope.
+    """
+    inside = rows.labels >= 0
+    if not bool(inside.any()):
+        return {}
+    probs, _ = possible_labels(_probs(rows)[inside], rows.labels[inside])
+    edges = probs.cumsum(dim=1)  # (n, K)
+    generator = torch.Generator().manual_seed(seed)
+    sums = dict.fromkeys(_ERRORS, 0.0)
+    for _ in range(num_draws):
+        drawn = torch.rand(len(edges), 1, generator=generator, dtype=torch.float64) * edges[:, -1:]
+        labels = torch.searchsorted(edges, drawn, right=True).squeeze(1)
+        labels = labels.clamp(max=probs.shape[1] - 1)  # where a draw was rounded up to the end
+        for name, error in _ERRORS.items():
+            sums[name] += error(probs, labels)
+    return {name: total / num_draws for name, total in sums.items()}
+
+
 def with_outside(inside: ScoredRows, outside: ScoredRows) -> ScoredRows:
     """Return the rows of two test sets, the second one's labelled -1: out of distribution.
 
@@ -94,7 +156,12 @@ def with_outside(inside: ScoredRows, outside: ScoredRows) -> ScoredRows:
             if name in outside.scores
         },
         ids=inside.ids + outside.ids,
+        groups=torch.cat([_groups(inside), _groups(outside) + len(inside.ids)]),
     )
+
+
+def _groups(rows: ScoredRows) -> Int[Tensor, " n"]:
+    return torch.arange(len(rows.labels)) if rows.groups is None else rows.groups
 
 
 def metric_scores(
@@ -109,7 +176,8 @@ def metric_scores(
         seed: Of the resamples; the same for methods that are to be compared.
 
     Returns:
-        The scores. For ``auroc_oos_*`` rows of either kind are resampled apart.
+        The scores. For ``auroc_oos_*`` rows of either kind are resampled apart. Rows of the first
+        run's groups are resampled together.
 
     Raises:
         ConfigError: If there is no such metric, or a run has not the scores it needs.
@@ -129,8 +197,12 @@ def metric_scores(
     arrays = {s: tuple(a[chosen] for a in metric.arrays(run)) for s, run in runs.items()}
     draw = RowDraw(int(chosen.sum()), num_resamples, seed)
     strata = inside.long() if metric.detects_outside else None
-    return seed_scores(metric.statistic, arrays, draw, strata)
+    return seed_scores(metric.statistic, arrays, draw, strata, _groups(reference)[chosen])
 
+
+_ERRORS: Mapping[str, Callable[[Tensor, Tensor], float]] = MappingProxyType(
+    {"ece": ece, "adaptive_ece": adaptive_ece, "classwise_ece": classwise_ece}
+)
 
 # Sign that makes each score of `UncertaintySummary` rise with doubt.
 _DOUBT = MappingProxyType(
@@ -167,6 +239,10 @@ def _row_brier(rows: ScoredRows) -> tuple[Tensor, ...]:
     return ((_probs(rows) - hit.double()).square().sum(dim=-1),)
 
 
+def _possible(rows: ScoredRows) -> tuple[Tensor, ...]:
+    return possible_labels(_probs(rows), rows.labels)
+
+
 def _doubt(rows: ScoredRows, name: str) -> Float[Tensor, " n"]:
     if name not in rows.scores:
         raise ConfigError(f"runs have no score {name}, only {', '.join(rows.scores)}")
@@ -198,9 +274,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "nll": _better_low(resampled_mean, _row_nll),
         "ece": _better_low(resampled_ece, _confidence_and_correct),
         "adaptive_ece": _better_low(resampled_adaptive_ece, _confidence_and_correct),
-        "classwise_ece": _better_low(
-            resampled_classwise_ece, lambda rows: (_probs(rows), rows.labels)
-        ),
+        "classwise_ece": _better_low(resampled_classwise_ece, _possible),
         "brier": _better_low(resampled_mean, _row_brier),
         "aurc": _better_low(resampled_aurc, _confidence_and_correct),
         "augrc": _better_low(resampled_augrc, _confidence_and_correct),

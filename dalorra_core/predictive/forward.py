@@ -6,6 +6,7 @@ adapter's low-rank parts and label head over its own rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -85,13 +86,17 @@ class LabelModel(nn.Module):
         if pack.per_row is None:
             return pack
         is_token = positions_up_to(batch.last_index, batch.input_ids.shape[1])  # (B, T)
-        with torch.no_grad():
-            embedding: nn.Module = self.trunk.model.get_input_embeddings()  # pyright: ignore
-            embedded: Tensor = embedding(batch.input_ids)  # (B, T, d)
+        embed = partial(self._mean_embedding, batch.input_ids, is_token)
+        return pack.for_rows(RowContext(embed, is_token))
+
+    @torch.no_grad()
+    def _mean_embedding(self, input_ids: Tensor, is_token: Tensor) -> Tensor:
+        """Return the mean input embedding of each row's tokens, (B, d) in float32."""
+        embedding: nn.Module = self.trunk.model.get_input_embeddings()  # pyright: ignore
+        embedded: Tensor = embedding(input_ids)  # (B, T, d)
         weight = is_token.unsqueeze(-1)
         # In float64, so that the order of the sum, which padding may change, does not show.
-        mean = (embedded.double() * weight).sum(1) / weight.sum(1)  # (B, d)
-        return pack.for_rows(RowContext(mean.float(), is_token))
+        return ((embedded.double() * weight).sum(1) / weight.sum(1)).float()
 
     @torch.no_grad()
     def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:

@@ -95,18 +95,19 @@ def score_gaussian(  # noqa: PLR0913  one call says all that decides the answer
         modules: Adapted modules whose derivatives ``covariance`` looks at.
         covariance: Label gradients -> covariance of the label logits (B, C, C).
         draw: Names the M draws of logits; None asks for the probit approximation, one answer.
-        max_padded_tokens: Size of one forward pass; backward ones hold C times as much, so their
-            chunks are smaller by that.
+        max_padded_tokens: Size of one forward pass; see ``label_gradients_of_rows``.
         label_mass: Also compute that diagnostic, at the posterior mean.
-        on_progress: Called with the number of rows finished since the last call.
+        on_progress: Called with the number of rows finished or left out since the last call.
         wanted: Asked before every chunk for the rows in it; those that are not wanted are left out.
+
+    Raises:
+        RowMemoryError: See ``label_gradients_of_rows``.
     """
     samples = 1 if draw is None else draw.num_samples
     log_probs = torch.full((samples, len(rows), model.num_labels), float("nan"))
     answered = torch.zeros(len(rows), dtype=torch.bool)
-    limit = max(1, max_padded_tokens // model.num_labels)
     chunks = label_gradients_of_rows(
-        model, pack, rows, modules=modules, max_padded_tokens=limit, wanted=wanted
+        model, pack, rows, modules=modules, max_padded_tokens=max_padded_tokens, wanted=wanted
     )
     for places, gradients in chunks:
         with torch.no_grad():
@@ -119,6 +120,8 @@ def score_gaussian(  # noqa: PLR0913  one call says all that decides the answer
         answered[places] = True
         if on_progress is not None:
             on_progress(len(places))
+    if on_progress is not None and not bool(answered.all()):
+        on_progress(int((~answered).sum()))
     mass = _mass(model, pack, rows, answered, max_padded_tokens) if label_mass else None
     return Prediction(log_probs, mass, answered)
 

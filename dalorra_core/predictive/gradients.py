@@ -2,23 +2,73 @@
 
 One forward pass and C backward passes for a batch; the rows of a batch do not mix, so the sum of
 one logit over the rows has each row's own derivative.
+
+All C derivatives of a batch are held at once, so what bounds a batch here is memory, counted in
+bytes for each of its tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from dalorra_core.adapters.gradients import LabelGradients, ModuleGradients
-from dalorra_core.adapters.inject import LM_HEAD
+from dalorra_core.adapters.inject import LM_HEAD, num_layers_of
+from dalorra_core.adapters.linear import AdaptedLinear
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
-from dalorra_core.errors import ConfigError
+from dalorra_core.errors import ConfigError, RowMemoryError
 from dalorra_core.predictive.forward import LabelModel, positions_up_to
 from dalorra_core.predictive.scoring import plan_chunks
 
-__all__ = ["label_gradients", "label_gradients_of_rows"]
+__all__ = [
+    "CHUNK_BYTES",
+    "GPU_CHUNK_BYTES",
+    "MOST_ROW_BYTES",
+    "bytes_per_token",
+    "label_gradients",
+    "label_gradients_of_rows",
+]
+
+CHUNK_BYTES = 2**28
+"""Memory that the gradients of one chunk of rows may take; one row always goes through."""
+
+GPU_CHUNK_BYTES = 2**31
+"""The same on a GPU, which needs more rows at a time to be busy."""
+
+MOST_ROW_BYTES = 2**33
+"""Memory that the gradients of one row may take; a row that would take more is refused."""
+
+_HIDDEN_WIDE_PER_LAYER = 24
+"""Tensors of the hidden width that the graph of one decoder layer keeps for a token, at most.
+
+Those of Llama keep 13 with an MLP 2.7 times as wide and 17 with one 4 times as wide, and up to 21
+where attention weights are kept too.
+"""
+
+
+def bytes_per_token(model: LabelModel, modules: Sequence[str]) -> int:
+    """Return about what the gradients of one token take in memory, in bytes.
+
+    C derivatives in each module's output, the module's input, and what the backward passes need of
+    the decoder's layers.
+
+    Args:
+        model: The adapted model.
+        modules: See ``label_gradients``.
+    """
+    labels, hidden = model.head.weight.shape
+    numbers = 0
+    for name in modules:
+        layer = None if name == LM_HEAD else model.trunk.model.get_submodule(name)
+        if isinstance(layer, AdaptedLinear):
+            numbers += labels * layer.base.out_features + layer.base.in_features
+        else:
+            numbers += labels * labels + hidden
+    if any(name != LM_HEAD for name in modules):
+        numbers += num_layers_of(model.trunk.model) * _HIDDEN_WIDE_PER_LAYER * hidden
+    return numbers * torch.float32.itemsize
 
 
 def label_gradients(
@@ -63,14 +113,28 @@ def label_gradients_of_rows(
         pack: One function (M = 1) on the model's device.
         rows: Encoded rows; shorter ones come first.
         modules: See ``label_gradients``.
-        max_padded_tokens: Tokens of one chunk, whose C derivatives are held at once.
+        max_padded_tokens: Tokens of one forward pass; a chunk has fewer where its gradients would
+            take more than ``CHUNK_BYTES``, on a GPU ``GPU_CHUNK_BYTES``.
         wanted: Asked before every chunk for the rows in it; those that are not wanted are left out.
+
+    Raises:
+        RowMemoryError: The gradients of a row alone would take more than ``MOST_ROW_BYTES``.
     """
     lengths = [len(row.token_ids) for row in rows]
-    for chunk, _ in plan_chunks(lengths, 1, max_padded_tokens):
+    each = bytes_per_token(model, modules)
+    budget = CHUNK_BYTES if model.head.weight.device.type == "cpu" else GPU_CHUNK_BYTES
+    limit = min(max_padded_tokens, max(1, budget // each))
+    for chunk, _ in plan_chunks(lengths, 1, limit):
         places = [i for i in chunk if wanted is None or wanted(i)]
         if not places:
             continue
+        longest = max(lengths[i] for i in places)
+        if longest * each > MOST_ROW_BYTES:
+            raise RowMemoryError(
+                f"the gradients of {model.num_labels} labels for a prompt of {longest} tokens "
+                f"would take about {longest * each} bytes; the limit is {MOST_ROW_BYTES}. Shorten "
+                "it, or fit the method with subset last_layer"
+            )
         batch = collate([rows[i] for i in places], num_labels=model.num_labels)
         moved = batch.to(model.head.weight.device)
         yield places, label_gradients(model, pack, moved, modules)
@@ -104,12 +168,11 @@ def _gradients(
     logits = model.head(hidden, pack, offset)  # (B, C)
     offsets = {name: probe.offset for name, probe in probes.items()}
     is_token = positions_up_to(batch.last_index, batch.input_ids.shape[1])  # (B, T)
-    found = {
-        name: (probe.inputs * is_token.unsqueeze(-1), is_token) for name, probe in probes.items()
-    }
+    inputs_of = _masked_inputs(probes, is_token)
+    found = {name: (inputs_of[name], is_token) for name in probes}
     if LM_HEAD in wanted:
         offsets[LM_HEAD] = offset
-        found[LM_HEAD] = (hidden.detach().unsqueeze(1), torch.ones_like(is_token[:, :1]))
+        found[LM_HEAD] = (hidden.detach().unsqueeze(1).float(), torch.ones_like(is_token[:, :1]))
     points = [offsets[name] for name in found]
     per_label = [
         list(torch.autograd.grad(logits[:, c].sum(), points, retain_graph=True))
@@ -119,5 +182,17 @@ def _gradients(
     for name, (inputs, is_own) in found.items():
         outputs = torch.stack([gradients.pop(0) for gradients in per_label]).float()
         shape = (model.num_labels, *inputs.shape[:2], -1)
-        modules[name] = ModuleGradients(inputs.float(), outputs.view(shape), is_own)
+        modules[name] = ModuleGradients(inputs, outputs.view(shape), is_own)
     return LabelGradients(logits.detach(), batch.allowed, modules)
+
+
+def _masked_inputs(probes: Mapping[str, _Probe], is_token: Tensor) -> dict[str, Tensor]:
+    """Return what each module read, float32, zero for padding; one tensor where several read it."""
+    shared: dict[tuple[int, torch.Size], Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, probe in probes.items():
+        key = (probe.inputs.data_ptr(), probe.inputs.shape)  # such as q_proj's and v_proj's
+        if key not in shared:
+            shared[key] = (probe.inputs * is_token.unsqueeze(-1)).float()
+        found[name] = shared[key]
+    return found

@@ -8,16 +8,29 @@ from typing import Literal
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.errors import ConfigError
 
-__all__ = ["BYTES_KEPT", "PACKS_KEPT", "SAMPLES_KEPT", "KeptPacks", "SamplingPlan"]
+__all__ = [
+    "BYTES_KEPT",
+    "MOST_PACK_BYTES",
+    "PACKS_KEPT",
+    "SAMPLES_KEPT",
+    "KeptPacks",
+    "SamplingPlan",
+]
 
 PACKS_KEPT = 8
-"""Recent sample packs that an adapter keeps."""
+"""Recent sample packs that an adapter keeps; the last one always, whatever its size."""
 
 SAMPLES_KEPT = 512
-"""Samples that they may have together."""
+"""Samples that several of them may have together."""
 
 BYTES_KEPT = 2**28
-"""Memory that their own tensors may take together; dense noise is as large as the factors."""
+"""Memory that the own tensors of several of them may take together, in bytes.
+
+Gates take next to nothing; dense noise is as large as the factors, once for each sample.
+"""
+
+MOST_PACK_BYTES = 2**31
+"""Memory that the own tensors of one pack may take; a plan that asks for more is refused."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,9 @@ class SamplingPlan:
     """Which predictive is asked for.
 
     Attributes:
-        num_samples: M, at least 1; ignored by ``mean_mask`` and by point methods.
-        seed: Picks the mask set.
+        num_samples: M, at least 1; ignored by ``mean_mask``, by point methods and where the number
+            of functions is fixed, as an ensemble's.
+        seed: Picks the sample set; without effect in the same cases.
         estimator: ``monte_carlo`` averages the probabilities of M samples; ``mean_mask`` is the one
             deterministic pass at the posterior mean, which has no epistemic part.
         design: How the samples are drawn together.
@@ -44,7 +58,10 @@ class SamplingPlan:
 
 
 class KeptPacks:
-    """The sample packs that one adapter used last; each is drawn once. Any thread may ask.
+    """The sample packs that one adapter used last; any thread may ask.
+
+    The last one is always kept, so that the batches of one plan draw it once. Older ones go, those
+    used longest ago first, where there are more than the limits above allow.
 
     Args:
         draw: Draws the pack of a plan.
@@ -66,7 +83,7 @@ class KeptPacks:
             found = self._packs.pop(plan, None)
             pack = self._draw(plan) if found is None else found
             self._packs[plan] = pack  # the last one is the one that was used last
-            while self._too_many():
+            while len(self._packs) > 1 and self._too_many():
                 self._packs.pop(next(iter(self._packs)))
             return pack
 

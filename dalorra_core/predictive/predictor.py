@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from torch import Tensor
 
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
@@ -18,13 +19,21 @@ from dalorra_core.data.examples import Example
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.data.prompts import PromptTemplate
 from dalorra_core.data.rows import parse_row
-from dalorra_core.errors import ArtifactCorruptError, GoldenProbeError
+from dalorra_core.errors import ArtifactCorruptError, ConfigError, GoldenProbeError
 from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import PHI
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.gates import gate_entropy, gate_probs
 from dalorra_core.predictive.gaussian import score_gaussian
 from dalorra_core.predictive.matching import check_base, state_of
-from dalorra_core.predictive.plan import BYTES_KEPT, SAMPLES_KEPT, KeptPacks, SamplingPlan
+from dalorra_core.predictive.plan import (
+    BYTES_KEPT,
+    MOST_PACK_BYTES,
+    SAMPLES_KEPT,
+    KeptPacks,
+    SamplingPlan,
+)
 from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
 from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.tempering import pooled, tempered
@@ -229,8 +238,40 @@ class Predictor:
         return plan
 
     def pack(self, plan: SamplingPlan) -> SamplePack:
-        """Return the sample pack of ``plan``, drawn once and kept (a few recent ones)."""
-        return self._packs.of(self._effective(plan))
+        """Return the sample pack of ``plan``, drawn once and kept (a few recent ones).
+
+        Raises:
+            ConfigError: It would take more than ``MOST_PACK_BYTES``.
+        """
+        effective = self._effective(plan)
+        if effective.estimator == "monte_carlo":
+            self._check_size(effective.num_samples)
+        return self._packs.of(effective)
+
+    def _check_size(self, num_samples: int) -> None:
+        most = self.max_num_samples
+        if most is not None and num_samples > most:
+            raise ConfigError(
+                f"num_samples must be at most {most} for this adapter, got {num_samples}: a sample "
+                f"takes {self._bytes_per_sample} bytes, and all of them may take {MOST_PACK_BYTES}"
+            )
+
+    @property
+    def max_num_samples(self) -> int | None:
+        """The largest M whose samples fit ``MOST_PACK_BYTES``; None where samples take nothing."""
+        if self._bytes_per_sample == 0:
+            return None
+        return max(1, MOST_PACK_BYTES // self._bytes_per_sample)
+
+    @cached_property
+    def _bytes_per_sample(self) -> int:
+        """What one more sample takes in memory; 0 where M is fixed or nothing is drawn."""
+        if self.point_method or self.fixed_functions is not None:
+            return 0
+        one, two = (
+            self._own_bytes(self._draw(replace(self.default_plan, num_samples=m))) for m in (1, 2)
+        )
+        return two - one
 
     def _draw(self, plan: SamplingPlan) -> SamplePack:
         config = self.manifest.method
@@ -247,8 +288,8 @@ class Predictor:
 
         The tensors of its artifact (with their copies on the device, where that is another one),
         its rows of the output projection, and the most that kept sample packs may take: each
-        sample's own tensors, such as gates, times ``SAMPLES_KEPT`` or the number there is, and not
-        above ``BYTES_KEPT``.
+        sample's own tensors, such as gates, times ``SAMPLES_KEPT`` or the number there is, not
+        above ``BYTES_KEPT``, and not below the default plan's, which is kept whatever its size.
         """
         head = self.model.head
         scores = self.artifact.calibration_scores or {}
@@ -256,14 +297,17 @@ class Predictor:
         kept = {t.data_ptr(): t.nbytes for t in (*tensors, head.weight, head.token_ids)}
         pack = self.pack(self.default_plan)
         most = SAMPLES_KEPT if self.fixed_functions is None else self.fixed_functions
-        own = self._own_bytes(pack) * most // pack.num_samples
-        return sum(kept.values()) + min(own, BYTES_KEPT)
+        own = self._own_bytes(pack)
+        return sum(kept.values()) + max(own, min(own * most // pack.num_samples, BYTES_KEPT))
 
     def _own_bytes(self, pack: SamplePack) -> int:
-        """Return the memory of a pack's tensors that are not the adapter's own, in bytes."""
+        """Return the memory of a pack's tensors that are not the adapter's own, in bytes.
+
+        With what transforms will draw for the longest prompt that the adapter takes.
+        """
         shared = {t.untyped_storage().data_ptr() for t in self._state.params.values()}
         own = (t for t in pack.tensors() if t.untyped_storage().data_ptr() not in shared)
-        return sum(t.nbytes for t in own)
+        return sum(t.nbytes for t in own) + pack.bytes_to_come(self.max_tokens)
 
     def predict(
         self,
@@ -298,6 +342,20 @@ class Predictor:
         ]
         found = pooled(joined(parts)) if self._one_answer else joined(parts)
         return tempered(found, self.temperature if calibrated else 1.0)
+
+    def gate_entropy(self, rows: Sequence[EncodedExample]) -> Tensor | None:
+        """Return the mean entropy of the gates of each row, (n,) in nats; None without gates.
+
+        Gates that do not look at the question have the same entropy in every row.
+
+        Args:
+            rows: At least one encoded row.
+        """
+        if PHI not in self._state.params:
+            return None
+        pack = self.pack(SamplingPlan(estimator="mean_mask"))
+        limit = self.max_padded_tokens
+        return gate_entropy(gate_probs(self.model, pack, rows, max_padded_tokens=limit))
 
     def _scorer(self, plan: SamplingPlan) -> Callable[..., Prediction]:
         """Return the function that answers rows under an effective plan."""

@@ -4,12 +4,13 @@ A column is a test set: a task's own rows, or the rows of another task under the
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from dalorra_core.errors import DataError
+from torch import Tensor
+
 from dalorra_core.metrics.paired import (
     MIN_SEEDS,
     PairedDifference,
@@ -32,17 +33,8 @@ __all__ = [
     "table_markdown",
 ]
 
-TABLE_METRICS = (
-    "accuracy",
-    "ece",
-    "nll",
-    "brier",
-    "aurc",
-    "auroc_error_confidence",
-    "auroc_error_mutual_information",
-    "auroc_oos_confidence",
-    "auroc_oos_mutual_information",
-)
+_FIRST = ("accuracy", "ece", "adaptive_ece", "classwise_ece", "nll")
+TABLE_METRICS = (*_FIRST, *(name for name in METRICS if name not in _FIRST))
 """What ``results_markdown`` shows unless told otherwise; a table without any number is left out."""
 
 _SIGNIFICANCE = 0.05
@@ -71,7 +63,8 @@ class RunResult:
         column: Column of the tables.
         seed: Of the training run.
         metrics: Name to value, in the unit of ``dalorra_core.metrics``; None where undefined.
-        ece_noise_floor: Expected ECE of a calibrated model with these confidences; None if unknown.
+        noise_floors: Metric to what it would be of a calibrated model with these probabilities; see
+            ``dalorra_core.metrics.noise_floors``.
         rows: The answers behind the numbers; None: no paired test, and no mark.
         in_rows: For a column of another task's rows: the same run's answers to its own task, which
             those rows are told from in ``auroc_oos_*``.
@@ -81,7 +74,7 @@ class RunResult:
     column: str
     seed: int
     metrics: Mapping[str, float | None]
-    ece_noise_floor: float | None
+    noise_floors: Mapping[str, float]
     rows: ScoredRows | None
     in_rows: ScoredRows | None = None
 
@@ -94,8 +87,9 @@ class Cell:
         mean: Over seeds.
         std: Sample standard deviation over seeds; None for one seed.
         num_seeds: Runs with a defined value.
-        noise_floor: Mean expected ECE of calibrated models; None but for ``ece``.
-        mark: ``best`` or ``second`` where the paired test supports it, else None.
+        noise_floor: Mean of what calibrated models would show; None where none is known.
+        mark: ``best`` or ``second`` where the paired test supports it, else None; equal methods
+            share one.
     """
 
     mean: float
@@ -114,12 +108,15 @@ class MetricTable:
         methods: Rows, in order.
         columns: Columns, in order.
         cells: By (method, column); those without a number are not there.
+        other_rows: The (method, column) that were scored on other rows than most of the column's
+            methods: shown, but in no test.
     """
 
     metric: str
     methods: tuple[str, ...]
     columns: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
+    other_rows: tuple[tuple[str, str], ...] = ()
 
 
 def column_scores(
@@ -128,26 +125,19 @@ def column_scores(
     """Return what the paired tests of one metric need: column to method to scores.
 
     Args:
-        results: In any order; those without rows or without a value of the metric are left out.
+        results: In any order; those without rows or without a value of the metric are left out, and
+            so are methods that answered other rows than most of the runs of a column.
         metric: Key of ``METRICS``.
         num_resamples: Of the rows, the same ones for all methods of a column.
-
-    Raises:
-        DataError: If two runs of a column answered other rows; names method and seed.
     """
     runs: dict[str, dict[str, dict[int, ScoredRows]]] = defaultdict(lambda: defaultdict(dict))
-    firsts: dict[str, tuple[RunResult, tuple[str, ...]]] = {}
-    for result in results:
-        rows = _rows(result, metric)
-        if rows is None or _value(result, metric) is None:
-            continue
-        first, ids = firsts.setdefault(result.column, (result, rows.ids))
-        if rows.ids != ids:
-            raise DataError(
-                f"{result.column}: {result.method} with seed {result.seed} was scored on other "
-                f"rows than {first.method} with seed {first.seed}; they cannot be compared"
-            )
-        runs[result.column][result.method][result.seed] = rows
+    groups: dict[str, Tensor | None] = {}
+    found, strangers = _answered(results, metric)
+    for result, rows in found:
+        if (result.method, result.column) not in strangers:
+            together = groups.setdefault(result.column, rows.groups)
+            alike = replace(rows, groups=together)  # one draw of the rows for all methods
+            runs[result.column][result.method][result.seed] = alike
     return {
         column: {
             method: metric_scores(metric, by_seed, num_resamples=num_resamples)
@@ -173,14 +163,13 @@ def metric_table(
         place, value = (result.method, result.column), _value(result, metric)
         if value is not None:
             values[place].append(value)
-            if metric == "ece" and result.ece_noise_floor is not None:
-                floors[place].append(result.ece_noise_floor)
+            if metric in result.noise_floors:
+                floors[place].append(result.noise_floors[metric])
     marks: dict[tuple[str, str], str] = {}
     for column, methods in scores.items():
         found = standing(methods, higher_is_better=METRICS[metric].higher_is_better)
-        for mark, method in (("best", found.best), ("second", found.second)):
-            if method is not None:
-                marks[method, column] = mark
+        marks |= dict.fromkeys(((method, column) for method in found.best), "best")
+        marks |= dict.fromkeys(((method, column) for method in found.second), "second")
     cells = {
         place: Cell(
             mean=fmean(of_seeds),
@@ -196,6 +185,7 @@ def metric_table(
         tuple(m for m in _in_order(results, "method") if any(m == place[0] for place in cells)),
         tuple(c for c in _in_order(results, "column") if any(c == place[1] for place in cells)),
         cells,
+        _answered(results, metric)[1] if scores else (),
     )
 
 
@@ -272,9 +262,6 @@ def results_markdown(
         metrics: Keys of ``METRICS``; one that no result has is left out.
         reference: Method for tables of differences; None leaves them out.
         num_resamples: Of the rows.
-
-    Raises:
-        DataError: If two runs of a column answered other rows.
     """
     parts: list[str] = []
     for metric in metrics:
@@ -297,6 +284,25 @@ def _rows(result: RunResult, metric: str) -> ScoredRows | None:
     if result.rows is None or result.in_rows is None or not METRICS[metric].detects_outside:
         return result.rows
     return with_outside(result.in_rows, result.rows)
+
+
+def _answered(
+    results: Sequence[RunResult], metric: str
+) -> tuple[list[tuple[RunResult, ScoredRows]], tuple[tuple[str, str], ...]]:
+    """Return the results with rows of a metric, and (method, column) of those on other rows."""
+    found: list[tuple[RunResult, ScoredRows]] = []
+    for result in results:
+        rows = _rows(result, metric)
+        if rows is not None and _value(result, metric) is not None:
+            found.append((result, rows))
+    counts: dict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    for result, rows in found:
+        counts[result.column][rows.ids] += 1
+    usual = {column: of.most_common(1)[0][0] for column, of in counts.items()}
+    strangers = dict.fromkeys(
+        (result.method, result.column) for result, rows in found if rows.ids != usual[result.column]
+    )
+    return found, tuple(strangers)
 
 
 def _in_order(results: Sequence[RunResult], field: str) -> list[str]:
@@ -359,18 +365,23 @@ def _difference(metric: str, found: PairedDifference, p_value: float) -> str:
 def _caption(table: MetricTable, most: int) -> str:
     spread = ", ± sample standard deviation" if most > 1 else ""
     parts = [f"Mean over {_seeds(most)}{spread}."]
-    if table.metric == "ece":
+    if any(cell.noise_floor is not None for cell in table.cells.values()):
         parts.append(
-            "In brackets: the ECE that perfectly calibrated models with these confidences would "
-            "show on as many rows; values near it cannot be told from it."
+            "In brackets: what perfectly calibrated models with these probabilities would show on "
+            "as many rows; values near it cannot be told from it."
         )
-    marks = {cell.mark for cell in table.cells.values()}
-    if marks - {None}:
+    if table.other_rows:
+        named = ", ".join(f"{_escaped(method)} on {_escaped(c)}" for method, c in table.other_rows)
+        parts.append(f"In no test, since scored on other rows than most: {named}.")
+    marks = [(place[1], cell.mark) for place, cell in table.cells.items() if cell.mark is not None]
+    if marks:
         parts.append(
             "Bold: the best mean, and better than every other method; underlined: the second best "
             "mean, and better than every method after it. Only where paired tests over the same "
             "rows and seeds say so (p < 0.05, with Holm's correction)."
         )
+        if len(set(marks)) < len(marks):
+            parts.append("Methods that score the same on every resample of the rows share a mark.")
     elif most < MIN_SEEDS:
         parts.append(
             f"Nothing is marked: with fewer than {MIN_SEEDS} seeds a better method cannot be told "

@@ -1,7 +1,7 @@
-"""How the M samples of gates and of noise are drawn together.
+"""How the M samples of gates and of noise are drawn together, and the weights nets start from.
 
-Only the independent design exists so far; its samples are prefixes of one another, so M = 4 uses
-the first four masks of M = 10.
+Gates and noise are independent from sample to sample; which component of a mixture a sample has is
+spread over the components. Either way M = 4 uses the first four samples of M = 10.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalorra_core.sampling.streams import normals, uniforms
 
-__all__ = ["iid_normals", "iid_uniforms", "spread_uniforms"]
+__all__ = ["iid_normals", "iid_uniforms", "spread_uniforms", "uniform_weights"]
 
 
 def iid_uniforms(key: tuple[str | int, ...], num_samples: int, num_modules: int, r: int) -> Tensor:
@@ -39,6 +39,18 @@ def iid_normals(key: tuple[str | int, ...], num_samples: int, shape: tuple[int, 
     size = math.prod(shape)
     draws = [torch.from_numpy(normals((*key, m), size)).float() for m in range(num_samples)]
     return torch.stack(draws).view(num_samples, *shape)
+
+
+def uniform_weights(key: tuple[str | int, ...], shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """Return weights uniform in +-1/sqrt(fan_in), where linear layers start, float32.
+
+    Args:
+        key: Name of the stream.
+        shape: Of the result.
+        fan_in: Inputs of the layer.
+    """
+    draw = torch.from_numpy(uniforms(key, math.prod(shape)))
+    return ((2 * draw - 1) * (1.0 / math.sqrt(fan_in))).float().view(shape)
 
 
 def spread_uniforms(key: tuple[str | int, ...], num_samples: int, strata: int) -> Tensor:

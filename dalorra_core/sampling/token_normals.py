@@ -41,6 +41,10 @@ class TokenNormals(Protocol):
         """Return what is kept in memory."""
         ...
 
+    def bytes_to_come(self, length: int) -> int:
+        """Return what will be kept beside that once ``of`` was asked for this length."""
+        ...
+
 
 class NormalTable:
     """Numbers of (sample, position), drawn once; grows with the longest row it is asked for.
@@ -59,16 +63,26 @@ class NormalTable:
         """Return (M, T, k) with at least ``length`` positions."""
         found = self.values
         if found is None or found.shape[1] < length or found.device != device:
-            whole = -(-length // _POSITIONS_AT_A_TIME) * _POSITIONS_AT_A_TIME
-            found = self.values = self._drawn(whole).to(device)
+            found = self.values = self._drawn(_rounded_up(length), device)
         return found
 
-    def _drawn(self, length: int) -> Tensor:
+    def bytes_to_come(self, length: int) -> int:
+        """Return how much larger the table is after ``upto`` this length, in bytes."""
+        there = 0 if self.values is None else self.values.shape[1]
+        missing = max(0, _rounded_up(length) - there)
+        return self._num_samples * missing * self._width * torch.float32.itemsize
+
+    def _drawn(self, length: int, device: torch.device) -> Tensor:
         size = length * self._width
         rows = [normals((*self._key, m), size) for m in range(self._num_samples)]
         with torch.inference_mode(mode=False):  # it outlives the pass that made it
-            drawn = torch.from_numpy(np.stack(rows).astype(np.float32))
+            drawn = torch.from_numpy(np.stack(rows).astype(np.float32)).to(device)
             return drawn.view(self._num_samples, length, self._width)
+
+
+def _rounded_up(length: int) -> int:
+    """Return the positions that are drawn for a length; one where one is all that is asked for."""
+    return 1 if length == 1 else -(-length // _POSITIONS_AT_A_TIME) * _POSITIONS_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,10 @@ class PositionNormals:
         """Return the table, once there is one."""
         return () if self.table.values is None else (self.table.values,)
 
+    def bytes_to_come(self, length: int) -> int:
+        """Return how much larger the table, of all its samples, will be."""
+        return self.table.bytes_to_come(length)
+
 
 @dataclass(frozen=True)
 class RowNormals:
@@ -130,3 +148,7 @@ class RowNormals:
     def tensors(self) -> Sequence[Tensor]:
         """Return nothing."""
         return ()
+
+    def bytes_to_come(self, length: int) -> int:  # noqa: ARG002
+        """Return 0: nothing is kept."""
+        return 0

@@ -18,7 +18,7 @@ from dalorra_core.metrics.calibration import (
     ece_noise_floor,
     nll,
 )
-from dalorra_core.metrics.scored import detection_scores
+from dalorra_core.metrics.scored import detection_scores, possible_labels
 from dalorra_core.metrics.selective import augrc, aurc, auroc
 from dalorra_core.metrics.uncertainty import UncertaintySummary, log_mean_probs, summarise
 
@@ -151,7 +151,10 @@ def _in_scope_statistics(
         "nll": (nll, (log_mean, y)),
         "ece": (lambda p, t: ece(p, t, _NUM_BINS), (probs, y)),
         "adaptive_ece": (lambda p, t: adaptive_ece(p, t, _NUM_BINS), (probs, y)),
-        "classwise_ece": (lambda p, t: classwise_ece(p, t, _NUM_BINS), (probs, y)),
+        "classwise_ece": (
+            lambda p, t: classwise_ece(p, t, _NUM_BINS),
+            possible_labels(probs, y),
+        ),
         "brier": (brier, (probs, y)),
         "aurc": (aurc, (confidence, hit)),
         "augrc": (augrc, (confidence, hit)),

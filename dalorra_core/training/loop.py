@@ -18,6 +18,7 @@ from torch import Tensor
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.config import OptimConfig
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate, length_buckets
+from dalorra_core.data.tasks import task_of
 from dalorra_core.errors import ConfigError, DalorraError
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.scoring import padded_token_limit, score_rows
@@ -117,13 +118,14 @@ def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool, num_processes
     return -(-epochs * per_epoch // per_step)
 
 
-def train(
+def train(  # noqa: PLR0913  one call says all of a run
     module: TrainStep,
     data: TrainingData,
     config: TrainConfig,
     run_dir: Path,
     accelerator: Accelerator,
     *,
+    base: str,
     resume: bool,
 ) -> TrainingResult:
     """Run the optimiser steps that remain and return the adapter.
@@ -134,6 +136,7 @@ def train(
         config: The run.
         run_dir: Checkpoints, ``metrics.jsonl`` and logs go here.
         accelerator: Device, precision and gradient accumulation.
+        base: Fingerprint of the base model; a checkpoint is of one base, wherever that lies.
         resume: Continue from the newest checkpoint when there is one.
 
     Raises:
@@ -142,9 +145,9 @@ def train(
         DalorraError: If the loss stops being finite.
     """
     updater = Updater(module, config.optim, accelerator)
-    identity = _identity(config, data)
+    identity = _identity(config, data, base)
     done = _restore(module, updater.adamw, identity, run_dir, resume=resume)
-    run = _Run(module, updater, data, config, run_dir, accelerator, done)
+    run = _Run(module, updater, data, config, run_dir, accelerator, done, identity)
     started = time.monotonic()
     with Progress(run.last, done, enabled=accelerator.is_main_process) as progress:
         run.steps(progress)
@@ -153,9 +156,15 @@ def train(
     return TrainingResult(state, run.last, time.monotonic() - started, done)
 
 
-def _identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the first: settings and training rows."""
-    return {**config.model_dump(mode="json"), "train_rows": rows_digest(data.train)}
+def _identity(config: TrainConfig, data: TrainingData, base: str) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the first, which may lie elsewhere now.
+
+    That is its settings, training rows and base model. Names and places do not count where contents
+    do: the adapter's name, where the base lies, and the directory of a task's data set.
+    """
+    places = {"root"} if task_of(config.data) is not None else set[str]()
+    settings = config.model_dump(mode="json", exclude={"name": True, "data": places})
+    return {**settings, "base": base, "train_rows": rows_digest(data.train)}
 
 
 def _restore(
@@ -191,11 +200,12 @@ class _Run:
         run_dir: Path,
         accelerator: Accelerator,
         done: int,
+        identity: dict[str, Any],
     ) -> None:
         self.module, self.updater = module, updater
         self.wrapped = updater.prepare(done)
         self.data, self.config, self.run_dir = data, config, run_dir
-        self.accelerator, self.done = accelerator, done
+        self.accelerator, self.done, self.identity = accelerator, done, identity
         self.num_labels = len(data.label_set.labels)
         self.stems: StemStates | None = None
         self.shuffle = not config.data.no_shuffle
@@ -282,6 +292,7 @@ class _Run:
         self._record({"step": step, "validation": shown})
         self.accelerator.log({f"validation/{k}": v for k, v in values.items()}, step=step)
 
+    @torch.no_grad()
     def _predictives(self, rows: Sequence[EncodedExample]) -> dict[str, Tensor]:
         method, predictive = self.module.method, self.config.predictive
         packs = {"mean": method.mean_pack(self.module.state, self.config.method)}
@@ -310,7 +321,7 @@ class _Run:
             self.run_dir / "checkpoints",
             Checkpoint(
                 step,
-                _identity(self.config, self.data),
+                self.identity,
                 self.module.params,
                 Checkpoint.of_optimizer(self.updater.adamw, self.module.params),
             ),

@@ -47,6 +47,7 @@ def train_members(  # noqa: PLR0913
     run_dir: Path,
     accelerator: Accelerator,
     *,
+    base: str,
     resume: bool,
     report: Callable[[str], None],
 ) -> TrainingResult:
@@ -61,6 +62,7 @@ def train_members(  # noqa: PLR0913
         config: The run.
         run_dir: Checkpoints and logs; members have a folder each.
         accelerator: Device, precision and gradient accumulation.
+        base: Fingerprint of the base model.
         resume: Continue from the newest checkpoints.
         report: Called with lines for the user.
     """
@@ -89,7 +91,8 @@ def train_members(  # noqa: PLR0913
         report(_opening(config, data, module) + label)
         folder = run_dir / f"member-{member}" if members > 1 else run_dir
         folder.mkdir(parents=True, exist_ok=True)
-        results.append(train(module, data, own, folder, accelerator, resume=resume))
+        results.append(train(module, data, own, folder, accelerator, base=base, resume=resume))
+        accelerator.free_memory()  # it would hold on to every member's module and optimisers
     whole = results[0]
     if members > 1:
         params = method.join([result.state for result in results])
@@ -150,13 +153,12 @@ def _fit_context(
         rows = [data.train[i] for i in indices]
         moved = pack.to(device, torch.float32)
         chunks = label_gradients_of_rows(
-            label_model, moved, rows, modules=modules, max_padded_tokens=max(1, limit // labels)
+            label_model, moved, rows, modules=modules, max_padded_tokens=limit
         )
         return (found for _, found in chunks)
 
     return FitContext(
         num_rows=len(data.train),
-        labels=torch.tensor([row.label for row in data.train]),
         seed=config.run.seed,
         predict=predict,
         gradients=gradients,

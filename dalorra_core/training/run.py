@@ -24,16 +24,14 @@ from dalorra_core.artifact.manifest import (
     PromptRef,
 )
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
-from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
-from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.calibration.policy import choose_thresholds
 from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.matching import tokenizer_sha256
+from dalorra_core.predictive.matching import BaseIdentity
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.shared_base import identify
 from dalorra_core.predictive.trunk import Trunk
@@ -58,7 +56,7 @@ _NUM_GOLDEN = 4
 
 @dataclass(frozen=True)
 class _Base:
-    directory: Path
+    identity: BaseIdentity
     tokenizer: Any
 
 
@@ -95,8 +93,8 @@ def run_training(  # noqa: PLR0913  options by name
         raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
     if from_adapter is not None:
         check_is_fitted(config)
-    directory = resolve_base_model(config.base)
-    base = _Base(directory, load_tokenizer(directory))
+    identity = identify(config.base)
+    base = _Base(identity, load_tokenizer(identity.directory))
     data = prepare_training_data(config.data, base.tokenizer)
     label_model, specs = _build(config, base, data)
     METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
@@ -105,10 +103,17 @@ def run_training(  # noqa: PLR0913  options by name
     accelerator = _accelerator(config, run_dir)
     if from_adapter is None:
         result = train_members(
-            label_model, specs, data, config, run_dir, accelerator, resume=resume, report=report
+            label_model,
+            specs,
+            data,
+            config,
+            run_dir,
+            accelerator,
+            base=identity.fingerprint,
+            resume=resume,
+            report=report,
         )
     else:
-        identity = identify(base.directory)
         stored, result = load_trained(from_adapter, config, identity, data, specs)
         origin = {"from_adapter": {"name": stored.manifest.name, "sha256": stored.sha256}}
     accelerator.end_training()
@@ -147,7 +152,7 @@ def _build(
 ) -> tuple[LabelModel, tuple[TargetSpec, ...]]:
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.run.precision, device)
-    model = load_model(base.directory, device, dtype, config.run.attention)
+    model = load_model(base.identity.directory, device, dtype, config.run.attention)
     found = find_targets(model, config.adapter.target_modules, config.adapter.layers)
     specs = label_rows_only(found, len(data.label_set.labels))
     return LabelModel(Trunk(model), specs, data.label_set), specs
@@ -166,8 +171,8 @@ def _manifest(
         method=config.method,
         base=BaseRef(
             id=Path(config.base).name if Path(config.base).is_dir() else config.base,
-            fingerprint=fingerprint(base.directory),
-            tokenizer_sha256=tokenizer_sha256(base.directory),
+            fingerprint=base.identity.fingerprint,
+            tokenizer_sha256=base.identity.tokenizer_sha256,
         ),
         modules=tuple(
             ModuleRef(name=s.name, d_in=s.d_in, d_out=s.d_out, layer=s.layer) for s in specs
@@ -227,7 +232,7 @@ def _finish(
 ) -> Manifest:
     """Answer the held-out rows as the server would; return the manifest with policy and probes."""
     predictor = Predictor.load(
-        staged, base=str(base.directory), device=config.run.device, verify_golden=False
+        staged, base=str(base.identity.directory), device=config.run.device, verify_golden=False
     )
     manifest = predictor.manifest
     provenance = dict(manifest.provenance)
@@ -243,7 +248,7 @@ def _finish(
     if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
         predictor = Predictor.load(
             staged,
-            base=str(base.directory),
+            base=str(base.identity.directory),
             device=config.run.device,
             dtype="float32",
             verify_golden=False,

@@ -133,6 +133,7 @@ class AdapterCard:
         load_id: Tells two loads of the same tensors apart; the engine sets it.
         fixed_functions: How many functions there are, such as the members of an ensemble; None when
             any number of them may be sampled, and for point methods.
+        max_num_samples: The most samples whose memory the engine grants; None when they take none.
     """
 
     name: str
@@ -161,6 +162,7 @@ class AdapterCard:
     threads: int = 0
     load_id: str = ""
     fixed_functions: int | None = None
+    max_num_samples: int | None = None
 
     @property
     def key(self) -> str:

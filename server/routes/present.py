@@ -81,13 +81,18 @@ def model_card(card: AdapterCard, settings: Settings, *, model_id: str, created:
             max_rows=settings.max_rows,
             max_text_chars=settings.max_text_chars,
             max_tokens=card.max_tokens,
-            max_num_samples=1
-            if card.point_method
-            else card.fixed_functions or settings.max_num_samples,
+            max_num_samples=_max_num_samples(card, settings),
             max_body_bytes=settings.max_body_bytes,
         ),
         selftest_max_abs_error=card.selftest_max_abs_error,
     )
+
+
+def _max_num_samples(card: AdapterCard, settings: Settings) -> int:
+    if card.point_method:
+        return 1
+    limits = (settings.max_num_samples, card.max_num_samples)
+    return card.fixed_functions or min(limit for limit in limits if limit is not None)
 
 
 def _uncertainty(scores: RowScores) -> Uncertainty:

@@ -581,6 +581,18 @@ async def test_another_number_of_samples_than_an_ensemble_has_members() -> None:
 
 
 @async_test
+async def test_more_samples_than_the_engine_has_memory_for() -> None:
+    async with running(FakeEngine(replace(TOPICS, max_num_samples=5))) as api:
+        response = await api.classify({"input": "x", "num_samples": 6})
+        body = check_problem(response, 422, "invalid_request")
+        assert "num_samples must be at most 5 for adapter topics" in body["detail"]
+        fault = {"pointer": "#/num_samples", "limit": 5, "actual": 6}
+        assert fault.items() <= body["errors"][0].items()
+        assert (await api.classify({"input": "x", "num_samples": 5})).status_code == 200
+        assert (await api.client.get("/v1/models/topics")).json()["limits"]["max_num_samples"] == 5
+
+
+@async_test
 async def test_a_policy_on_mutual_information_needs_samples() -> None:
     policy = replace(POLICY, abstain=(Limit("mutual_information", 0.5),))
     async with running(FakeEngine(replace(TOPICS, policies=(policy,)))) as api:

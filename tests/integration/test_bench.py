@@ -29,11 +29,13 @@ from dalorra_core.bench.store import (
     read_record,
     read_results,
     read_scores,
+    write_record,
 )
 from dalorra_core.bench.workers import run_in_workers
 from dalorra_core.data.readers import read_jsonl
 from dalorra_core.errors import DataError
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.training import loop as loop_module
 from server.cli import app
 from tests.support.tiny_grid import tiny_grid, tiny_root, write_grid
 from tests.support.tiny_models import save_tiny_base
@@ -94,6 +96,7 @@ def without_times(record: Record) -> dict[str, Any]:
     """Return a record as JSON, without what a clock put there."""
     values = record.model_dump(mode="json")
     values["train_seconds"] = values["provenance"]["created_at"] = None
+    values.pop("sha256", None)  # of a line of the results, times and all
     for one in values["evaluations"]:
         one["seconds"] = None
     return values
@@ -347,6 +350,122 @@ def test_a_failed_run_is_done_again_when_asked(
 
 
 @pytest.mark.usefixtures("no_training")
+def test_lost_and_damaged_scores_are_made_again(copied: Path, root: Path, base: Path) -> None:
+    one, two, *_ = by_label(copied)["DALorRA"].evaluations
+    whole = {e.scores: (copied / e.scores).read_bytes() for e in (one, two)}
+    (copied / one.scores).unlink()
+    (copied / two.scores).write_bytes(whole[two.scores][:-4])
+    listed = bench(root, copied, tiny_grid(base), "--dry-run").stdout
+    assert "3 cells, 2 runs, 1 left" in listed
+    assert Path(one.scores).name + " cannot be read" in listed
+    before = read_record(copied, by_label(copied)["DALorRA"].key)
+    ended = bench(root, copied, tiny_grid(base))
+    assert ended.exit_code == 0, ended.output
+    assert {name: (copied / name).read_bytes() for name in whole} == whole
+    after = read_record(copied, by_label(copied)["DALorRA"].key)
+    assert before is not None
+    assert after is not None
+    old, new = (
+        sorted(without_times(record)["evaluations"], key=lambda e: e["id"])
+        for record in (before, after)
+    )
+    assert new == old
+
+
+def test_what_was_scored_of_another_adapter_is_scored_again(
+    copied: Path, root: Path, base: Path
+) -> None:
+    """As on a machine where training again gives other last digits."""
+    key = by_label(copied)["MLE"].key
+    before = read_record(copied, key)
+    assert before is not None
+    stale = before.model_dump(mode="json")
+    stale["provenance"]["digests"]["adapter"] = "0" * 64
+    stale["train_nll"] = 9.0
+    for one in stale["evaluations"]:
+        one["temperature"] = 9.0
+    write_record(copied, Record.model_validate(stale))
+    shutil.rmtree(copied / "runs" / key / "artifact")
+    grid = tiny_grid(base)
+    grid["evaluation"]["predictives"].append({"num_samples": 5})
+    ended = bench(root, copied, grid)
+    assert ended.exit_code == 0, ended.output
+    assert "all is scored again" in ended.stderr
+    after = read_record(copied, key)
+    assert after is not None
+    assert after.train_nll == before.train_nll
+    old = {one.id: one.temperature for one in before.evaluations}
+    assert {one.id: one.temperature for one in after.evaluations if one.id in old} == old
+
+
+def test_an_evaluation_that_fails_leaves_the_others(
+    tmp_path: Path, root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = tiny_grid(base)
+    del grid["methods"]["DALorRA"]
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs_module, "fit_temperature", out_of_memory)
+        ended = bench(root, tmp_path / "out", grid)
+    assert ended.exit_code == 1
+    results = by_label(tmp_path / "out")
+    assert [(r.status, len(r.evaluations)) for r in results.values()] == [
+        ("done", 4),
+        ("failed", 0),
+    ]
+    assert "in, monte_carlo: RuntimeError: out of memory" in (results["MLE+T"].error or "")
+    assert results["MLE"].error is None
+    assert "Traceback" in (tmp_path / "out" / "runs" / results["MLE"].key / "log.txt").read_text()
+    kept = {one.id: one.seconds for one in results["MLE"].evaluations}
+    with monkeypatch.context() as patched:
+        patched.setattr(runs_module, "run_training", out_of_memory)  # trained once is enough
+        assert bench(root, tmp_path / "out", grid, "--retry-failed").exit_code == 0
+    after = by_label(tmp_path / "out")
+    assert [r.status for r in after.values()] == ["done", "done"]
+    assert {one.id: one.seconds for one in after["MLE"].evaluations} == kept
+
+
+def test_an_ensembles_checkpoints_go_when_it_is_done(
+    tmp_path: Path, root: Path, base: Path
+) -> None:
+    both = {"method": {"name": "ensemble", "num_members": 2}, "optim": {"steps": 2}}
+    assert bench(root, tmp_path / "out", tiny_grid(base, methods={"E": both})).exit_code == 0
+    members = list((tmp_path / "out").glob("runs/*/training/member-*"))
+    assert len(members) == 2
+    assert not [member for member in members if (member / "checkpoints").exists()]
+
+
+def test_an_interrupted_run_goes_on_when_data_and_base_have_moved(
+    tmp_path: Path, root: Path, base: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "out", loop_module.save_checkpoint
+
+    def killed(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    grid = tiny_grid(base)
+    del grid["methods"]["DALorRA"]
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "save_checkpoint", killed)
+        assert bench(root, out, grid).exit_code == 130
+    moved = shutil.copytree(root, tmp_path / "moved")
+    grid["settings"]["base"] = str(shutil.copytree(base, tmp_path / "base"))
+    grid["tasks"][0]["name"] = "movies"
+    grid["out_of_distribution"] = {"movies": ["trec"]}
+    assert "at step 4" in bench(moved, out, grid, "--dry-run").stdout
+    ended = bench(moved, out, grid)
+    assert ended.exit_code == 0, ended.output
+    resumed, whole = by_label(out)["MLE"], by_label(finished)["MLE"]
+    assert resumed.train_seconds is None  # it did go on
+    assert resumed.key == whole.key
+    assert resumed.train_nll == whole.train_nll
+
+
+@pytest.mark.usefixtures("no_training")
 def test_a_damaged_record_is_made_again_from_the_adapter(
     copied: Path, root: Path, base: Path
 ) -> None:
@@ -475,6 +594,33 @@ def test_a_report_has_tables_of_every_predictive_and_figures(copied: Path) -> No
             "posterior-dalorra",
         )
     }
+
+
+def test_differences_are_to_the_grids_first_method_and_missing_cells_are_named(
+    copied: Path, root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runs_module, "run_training", out_of_memory)
+    first = {"Late": {"method": "mle", "optim": {"steps": 3}}}
+    grid = tiny_grid(base)
+    grid["methods"] = first | grid["methods"]
+    assert bench(root, copied, grid).exit_code == 1
+    assert call("report", copied).exit_code == 0
+    text = (copied / "report" / "tables.md").read_text(encoding="utf-8")
+    assert "## Missing cells\n\n- Late, sst2, seed 1: failed\n" in text
+    assert "differences are to Late" in text
+    assert "difference to" not in text
+    values = json.loads((copied / "grid.json").read_text())
+    (copied / "grid.json").write_text(json.dumps(values | {"seeds": [1, 2]}))
+    assert call("report", copied).exit_code == 0
+    text = (copied / "report" / "tables.md").read_text(encoding="utf-8")
+    assert "- MLE, sst2, seed 2: not run\n" in text
+    (copied / "grid.json").write_text("{")
+    refused = call("report", copied)
+    assert refused.exit_code == 1
+    assert "grid.json cannot be read" in refused.stderr
 
 
 def test_a_report_does_without_the_adapters_but_for_their_gates(copied: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributions import Bernoulli
 from typer.testing import CliRunner, Result
 
 from dalorra_core.artifact.store import ADAPTER_FILE, MANIFEST_FILE
@@ -220,6 +221,10 @@ def test_evaluate_reports_and_stores_what_it_scored(adapter: Path, task: TinyTas
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert report["num_in_scope"] == int(inside.sum())
     assert f"{accuracy['value']:.4f}" in result.stdout
+    phi = load_file(adapter / "adapter.safetensors")["phi"].double()
+    expected = Bernoulli(logits=phi).entropy().mean()
+    assert report["gate_entropy"]["in_scope"] == pytest.approx(float(expected), rel=1e-5)
+    assert f"gate_entropy_in_scope{' ' * 12}{float(expected):.4f}" in result.stdout
     (policy,) = report["policies"]
     assert policy["accepted"] + policy["reviewed"] + policy["abstained"] == pytest.approx(1)
     assert torch.isfinite(scores["mutual_information"]).all()

@@ -116,6 +116,9 @@ def test_gates_react_to_the_input(predictor: Predictor) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-4
     entropy = gate_entropy(found)
     assert ((entropy > 0) & (entropy <= math.log(2))).all()
+    whole = predictor.gate_entropy(rows)
+    assert whole is not None
+    assert torch.allclose(whole, entropy, atol=1e-6)
 
 
 @async_test

@@ -21,6 +21,7 @@ from dalorra_core.artifact.manifest import GoldenProbe, LabelsRef, ModuleRef
 from dalorra_core.artifact.signing import sign_artifact
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
 from dalorra_core.data.examples import TextExample
+from dalorra_core.errors import RowMemoryError
 from dalorra_core.predictive.plan import PACKS_KEPT, SAMPLES_KEPT, SamplingPlan
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.together import Share, predict_together
@@ -608,6 +609,7 @@ def raising(error: Exception) -> Callable[[], None]:
     [
         (lambda: torch.empty(1 << 50), EngineMemoryError, "DefaultCPUAllocator"),
         (raising(MemoryError()), EngineMemoryError, None),
+        (raising(RowMemoryError("2 labels, 9 tokens")), EngineMemoryError, "2 labels, 9 tokens"),
         (
             raising(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")),
             EngineMemoryError,

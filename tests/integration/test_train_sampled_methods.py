@@ -13,6 +13,7 @@ from dalorra_core.artifact.store import load_artifact
 from dalorra_core.data.examples import TextExample
 from dalorra_core.methods import METHODS as ALL
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.training import loop, members
 from dalorra_core.training.run import run_training
 from dalorra_core.training.settings import TrainConfig
 from tests.support.tiny_tasks import TinyTask, tiny_config
@@ -76,6 +77,23 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     assert all(torch.equal(found[name], value) for name, value in tensors_of(whole).items())
 
 
+def test_evaluations_during_training_keep_no_graph(
+    text: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[bool] = []  # with gradients; views of the parameters themselves are none
+    score_rows = loop.score_rows
+
+    def watched(model: Any, pack: Any, rows: Any, **options: Any) -> Any:
+        owners = [t._base if t._is_view() else t for t in pack.tensors()]
+        computed.append(any(t.requires_grad and not t.is_leaf for t in owners))
+        return score_rows(model, pack, rows, **options)
+
+    monkeypatch.setattr(loop, "score_rows", watched)
+    for name in ("dalorra", "blob"):
+        run(tiny_config(text, method={"name": name}, optim={"steps": 1}), tmp_path / name)
+    assert computed == [False] * 4
+
+
 # --- ensembles ------------------------------------------------------------------------------
 
 
@@ -99,6 +117,23 @@ def test_the_first_member_is_the_run_of_plain_lora(
         assert torch.equal(found[name], value)
         assert not torch.equal(found[f"member.1.{name}"], value)
         assert found[f"member.1.{name}"].abs().max() > 0
+
+
+def test_nothing_of_a_member_is_held_on_to_when_the_next_one_trains(
+    text: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    train = members.train
+
+    def watched(
+        module: Any, data: Any, config: Any, folder: Any, accelerator: Any, **kw: Any
+    ) -> Any:
+        held.append(len(accelerator._models) + len(accelerator._optimizers))
+        return train(module, data, config, folder, accelerator, **kw)
+
+    monkeypatch.setattr(members, "train", watched)
+    run(tiny_config(text, method=ENSEMBLE, optim={"steps": 1}), tmp_path)
+    assert held == [0, 0]
 
 
 def test_an_ensemble_has_as_many_functions_as_members(ensemble: Path, text: TinyTask) -> None:

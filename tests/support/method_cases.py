@@ -62,7 +62,7 @@ VARIANTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "mask_weight": (
         {"initial_sigma": 0.3},
         {"initial_sigma": 0.3, "sigma_per": "rank", "test_noise": "flipout"},
-        {"initial_sigma": 0.3, "train_noise": "weight_sample", "num_train_samples": 2},
+        {"initial_sigma": 0.3, "train_noise": "flipout", "num_train_samples": 2},
     ),
     "bayesian_lora": (
         {"prior_sd": 1.0, "max_lambda": 1, "init_lambda": 0.5, "num_inducing": 4},

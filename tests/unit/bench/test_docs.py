@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from dalorra_core.bench.grid import EvaluationSettings, cells, read_grid
+from dalorra_core.bench.sweeps import SWEPT
 
 PAGE = Path(__file__).parents[3] / "docs" / "bench.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -24,3 +25,9 @@ def test_every_setting_of_the_evaluation_has_a_line() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(
         EvaluationSettings.model_fields
     )
+
+
+def test_every_setting_that_is_swept_is_named() -> None:
+    figures = TEXT.partition("Figures:")[2]
+    listed = figures.partition("differ in nothing else")[2].partition("Over `adapter.r`")[0]
+    assert re.findall(r"`([\w.]+)`", listed) == list(SWEPT)

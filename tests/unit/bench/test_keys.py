@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from dalorra_core.bench.grid import cells, read_grid
 from dalorra_core.bench.keys import Job, Planned, plan_jobs, rows_sha256, spaced
+from dalorra_core.data import task_registry
 from dalorra_core.data.examples import TextExample
 from dalorra_core.errors import ConfigError
+from tests.support.tiny_data_sets import tiny_data_root
 from tests.support.tiny_grid import tiny_grid, tiny_root, write_grid
 from tests.support.tiny_models import save_tiny_base
 
@@ -164,3 +167,94 @@ def test_a_digest_of_rows_sees_ids_texts_labels_and_order() -> None:
 def test_a_set_of_questions_is_no_shift_of_texts(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"out_of_distribution\.sst2: openbookqa.*text.*choice"):
         plan(out_of_distribution={"sst2": ["openbookqa"]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "{text}\nFeeling:"},
+        {"truncate": "start"},
+        {"labels": ("positive", "negative")},
+        {"reserved": ("mixed",)},
+    ],
+)
+def test_another_meaning_of_a_tasks_name_is_another_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    before = plan(methods=one_method())[0][0].key
+    meaning = replace(task_registry.TASKS["sst2"], **change)
+    monkeypatch.setitem(task_registry.TASKS, "sst2", meaning)  # type: ignore[arg-type]
+    assert plan(methods=one_method())[0][0].key != before
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_data_root(tmp_path_factory.mktemp("questions"))
+
+
+def test_another_prompt_of_the_set_out_of_distribution_is_another_evaluation(
+    plan: Plan, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned() -> Job:
+        tasks = {"tasks": ["openbookqa"], "out_of_distribution": {"openbookqa": ["arc_challenge"]}}
+        (job,), _ = plan(at=questions, methods=one_method(), **tasks)
+        return job
+
+    before = planned()
+    meaning = replace(task_registry.TASKS["arc_challenge"], prompt="so")
+    monkeypatch.setitem(task_registry.TASKS, "arc_challenge", meaning)  # type: ignore[arg-type]
+    after = planned()
+    assert after.key == before.key
+    same = {one.set for one in after.wanted if one.id in {old.id for old in before.wanted}}
+    assert same == {"in"}
+
+
+@pytest.mark.parametrize(
+    ("task", "other", "said"),
+    [
+        ("boolq", "openbookqa", r"labels for \(False, True\), got also A, B, C, D"),
+        ("openbookqa", "boolq", r"labels for \(A, B, C, D, E\), got also False, True"),
+        ("sst2", "sst2", "other evaluation rows than sst2; both have sst2/test"),
+        ("aao", "openbookqa", "other evaluation rows than aao; both have openbookqa/validation"),
+        ("openbookqa", "aao", "other evaluation rows than openbookqa"),
+        ("clinc150", "clinc150_banking", "other evaluation rows than clinc150; both have clinc"),
+    ],
+)
+def test_a_set_that_cannot_be_out_of_distribution_is_refused_before_any_run(
+    plan: Plan, questions: Path, task: str, other: str, said: str
+) -> None:
+    shutil.copytree(questions / "arc_challenge", questions / "arc_easy", dirs_exist_ok=True)
+    grid = {"tasks": [task], "out_of_distribution": {task: [other]}, "methods": one_method()}
+    if task in {"sst2", "clinc150"}:
+        grid["tasks"] = [{"task": task, "train_rows": "all"}]
+    with pytest.raises(ConfigError, match=rf"out_of_distribution\.{task}: {other} must be.*{said}"):
+        plan(at=questions, **grid)
+
+
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [
+        ("openbookqa", "arc_challenge"),
+        ("clinc150", "clinc150_oos"),
+        ("clinc150_banking", "clinc150_travel"),
+        ("clinc150_banking", "clinc150_oos"),
+    ],
+)
+def test_other_rows_with_known_labels_or_other_intents_are_out_of_distribution(
+    plan: Plan, questions: Path, task: str, other: str
+) -> None:
+    tasks = [{"task": task, "train_rows": "all"}]
+    (job,), _ = plan(
+        at=questions, tasks=tasks, out_of_distribution={task: [other]}, methods=one_method()
+    )
+    assert [one.set for one in job.wanted][-1] == other
+
+
+def test_a_temperature_needs_held_out_rows(plan: Plan) -> None:
+    tasks = [{"task": "trec", "train_rows": "all", "held_out_share": 0}]
+    grid = {"tasks": tasks, "out_of_distribution": {}}
+    assert len(plan(**grid, methods=one_method())[1]) == 1
+    with pytest.raises(
+        ConfigError, match=r"methods\.A: temperature needs held-out rows.*trec, got 0"
+    ):
+        plan(**grid, methods=one_method(temperature=True))

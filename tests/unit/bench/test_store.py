@@ -20,6 +20,7 @@ from dalorra_core.bench.store import (
     read_results,
     read_scores,
     run_directory,
+    with_sound_scores,
     write_record,
     write_results,
     write_scores,
@@ -127,7 +128,7 @@ def test_results_cut_anywhere_are_refused(tmp_path: Path) -> None:
     path = write_results(tmp_path, [planned("A", "one"), planned("B", "two")], {KEY: record()})
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    for size in [*range(1, len(whole) - 1, 101), len(lines[0])]:
+    for size in [0, *range(1, len(whole) - 1, 101), len(lines[0])]:
         path.write_bytes(whole[:size])
         with pytest.raises(DataError, match=r"results\.jsonl, line [12]"):
             read_results(tmp_path)
@@ -137,6 +138,44 @@ def test_results_cut_anywhere_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(b'"seed": 7', b'"seed": "7x"', 1))
     with pytest.raises(DataError, match="line 1: seed"):
         read_results(tmp_path)
+    path.write_bytes(whole.replace(b'"value": 0.5', b'"value": 0.4', 1))
+    with pytest.raises(DataError, match="line 1: was changed: its sha256"):
+        read_results(tmp_path)
+
+
+def test_a_cell_is_done_when_all_that_it_wants_is_there(tmp_path: Path) -> None:
+    half = record(status="failed", error="DataError: x", evaluations=(evaluation("one"),))
+    cells = [planned("A", "one"), planned("A+T", "one", "two")]
+    write_results(tmp_path, cells, {KEY: half})
+    assert [(r.status, r.error) for r in read_results(tmp_path)] == [
+        ("done", None),
+        ("failed", "DataError: x"),
+    ]
+    write_results(tmp_path, cells, {KEY: half.model_copy(update={"status": "done", "error": None})})
+    done, left = read_results(tmp_path)
+    assert (done.status, left.status) == ("done", "failed")
+    assert left.error is not None
+    assert "1 of 2 evaluations are missing" in left.error
+
+
+def test_evaluations_without_their_scores_are_dropped(tmp_path: Path) -> None:
+    directory = run_directory(tmp_path, KEY)
+    directory.mkdir(parents=True)
+    known = [
+        evaluation(
+            name, scores_sha256=write_scores(directory / f"scores-{name}.safetensors", scores())
+        )
+        for name in ("one", "two", "three")
+    ]
+    whole = record(evaluations=tuple(known))
+    assert with_sound_scores(tmp_path, whole) == (whole, [])
+    (directory / known[0].scores).unlink()
+    file = directory / known[2].scores
+    file.write_bytes(file.read_bytes()[:-1])
+    left, faults = with_sound_scores(tmp_path, whole)
+    assert left.evaluations == (known[1],)
+    assert "scores-one.safetensors cannot be read" in faults[0]
+    assert "scores-three.safetensors has sha256" in faults[1]
 
 
 def test_a_directory_without_results_is_named(tmp_path: Path) -> None:
@@ -146,7 +185,8 @@ def test_a_directory_without_results_is_named(tmp_path: Path) -> None:
 
 def scores() -> Scores:
     log_mean = torch.tensor([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]).log()
-    return Scores(("a", "é"), torch.tensor([1, -1]), log_mean, {"confidence": torch.rand(2)})
+    confidence = {"confidence": torch.tensor([0.5, 0.7])}
+    return Scores(("a", "é"), torch.tensor([1, -1]), log_mean, confidence, torch.tensor([0, 0]))
 
 
 def test_scores_come_back_and_a_changed_file_is_refused(tmp_path: Path) -> None:
@@ -156,6 +196,7 @@ def test_scores_come_back_and_a_changed_file_is_refused(tmp_path: Path) -> None:
     found = read_scores(path, digest)
     assert found.ids == written.ids
     torch.testing.assert_close(found.labels, written.labels, rtol=0, atol=0)
+    torch.testing.assert_close(found.groups, written.groups, rtol=0, atol=0)
     torch.testing.assert_close(found.log_mean_probs, written.log_mean_probs, rtol=0, atol=0)
     torch.testing.assert_close(dict(found.scores), dict(written.scores), rtol=0, atol=0)
     path.write_bytes(path.read_bytes()[:-4])

@@ -55,7 +55,7 @@ def record(key: str, *, error: str | None = None) -> Record:
 def board(out: Path, jobs: list[Job], *, terminal: bool) -> tuple[Board, io.StringIO]:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
-    planned = [Planned(one.cell, one.key, ()) for one in jobs]
+    planned = [Planned(one.cell, one.key, ("1",)) for one in jobs]
     return Board(planned, {}, out, len(jobs), console), stream
 
 
@@ -113,3 +113,18 @@ def test_a_training_log_that_says_no_step_is_no_trouble(tmp_path: Path, content:
         shown.started(job("k1"), "cpu")
         shown.tick()
     assert "step" not in stream.getvalue()
+
+
+def test_a_cell_is_done_that_wants_nothing_of_what_failed(tmp_path: Path) -> None:
+    plain, tempered = job("k1", "MLE"), job("k1", "MLE+T")
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
+    half = record("k1").model_copy(update={"status": "failed", "error": "x"})
+    planned = [Planned(plain.cell, "k1", ("1",)), Planned(tempered.cell, "k1", ("2",))]
+    with Board(planned, {"k1": half}, tmp_path, 0, console):
+        pass
+    lines = {
+        words[1]: words for line in stream.getvalue().splitlines() if (words := line.split())[1:]
+    }
+    assert lines["MLE"][3:] == ["1/1", "│"]
+    assert lines["MLE+T"][3:] == ["0/1", "1", "failed", "│"]

@@ -74,7 +74,7 @@ def context_of(tiny: TinyAdapter, rows: list[EncodedExample]) -> RowContext:
     means = [table[list(row.token_ids)].mean(0) for row in rows]
     longest = max(len(row.token_ids) for row in rows)
     is_token = torch.tensor([[t < len(row.token_ids) for t in range(longest)] for row in rows])
-    return RowContext(torch.stack(means).float(), is_token)
+    return RowContext(lambda: torch.stack(means).float(), is_token)
 
 
 def gates_of(pack: SamplePack) -> Tensor:
@@ -191,7 +191,7 @@ def logits_by_hand(state: AdapterState, config: AmortisedPromptConfig, mean: Ten
     """Return the gate logits of one row (L, r), number by number."""
     d, width = len(mean), config.width
     centre = float(mean.double().mean())
-    spread = math.sqrt(float((mean.double() - centre).square().mean()) + 1e-5)
+    spread = math.sqrt(float((mean.double() - centre).square().mean()))
     c = [(float(x) - centre) / spread for x in mean]
     if config.projection == "learned":
         projection = state.params["gate_in"].double()
@@ -219,6 +219,17 @@ def test_prompt_logits_follow_the_formula(tiny: TinyAdapter, config: AmortisedPr
         expected = logits_by_hand(state, config, context.mean_embedding[b])
         torch.testing.assert_close(found[b], expected, rtol=1e-10, atol=1e-10)
     assert (found[0] - found[1]).abs().max() > 0.1
+
+
+@PROMPT
+def test_the_size_of_the_embeddings_does_not_matter(
+    tiny: TinyAdapter, config: AmortisedPromptConfig
+) -> None:
+    """Embeddings of a language model are often 100 times smaller than the tiny model's."""
+    state, context = state_of(tiny, config), context_of(tiny, random_rows(LENGTHS))
+    small = RowContext(lambda: context.mean_embedding / 256, context.is_token)
+    found, expected = (prompt_logits(state, config, c) for c in (small, context))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @PROMPT

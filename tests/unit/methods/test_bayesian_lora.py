@@ -335,6 +335,8 @@ def test_modules_that_are_not_named_keep_plain_lora() -> None:
     assert sorted(n for g in groups for n in g.names) == sorted(state.params)
     with pytest.raises(ConfigError, match="k_proj, and none of them is an adapted module"):
         METHOD.init(SPECS, RANK, 0, config_of(bayesian_modules=("k_proj",)))
+    with pytest.raises(ConfigError, match="k_proj, and none of them is an adapted module"):
+        METHOD.shapes(SPECS, RANK, config_of(bayesian_modules=("k_proj",)))
     (only,) = METHOD.param_groups(state_of(config_of()), OptimConfig(), config_of())
     assert sorted(only.names) == sorted(state_of(config_of()).params)
 

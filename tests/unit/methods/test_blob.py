@@ -64,16 +64,31 @@ def test_the_divergence_is_the_sum_of_torchs_over_all_entries_of_a() -> None:
     assert float(terms["weight_kl"].value) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_vanished_root_has_a_finite_divergence_and_push() -> None:
-    state = state_of(BlobConfig())
-    root = torch.zeros(3, 6).index_fill_(1, torch.tensor([1]), 2e-3).requires_grad_()
-    params = {**state.params, "lm_head.sigma_root": root}
-    state = AdapterState(SPECS, 3, 2.0, params)
-    terms = BLOB.kl_terms(state, BlobConfig(), point_of(100), BLOB.mean_pack(state, BlobConfig()))
-    terms["weight_kl"].value.backward()
+def divergence_of(root: Tensor) -> Tensor:
+    """Return the divergence with this G at lm_head, less that of the other module."""
+    config, state = BlobConfig(), state_of(BlobConfig())
+    state = AdapterState(SPECS, 3, 2.0, {**state.params, "lm_head.sigma_root": root})
+    return BLOB.kl_terms(state, config, point_of(100), BLOB.mean_pack(state, config))[
+        "weight_kl"
+    ].value
+
+
+def test_a_vanishing_root_is_pushed_away_from_zero_by_a_bounded_force() -> None:
+    """The slope is -2 / G down to |G| = 1e-3 and falls linearly from there."""
+    values = torch.tensor([2e-3, 1e-3, 5e-4, -1e-4, 1e-7, 0.0])
+    root = values.repeat(3, 1).requires_grad_()
+    divergence_of(root).backward()
     assert root.grad is not None
-    assert root.grad[:, 0].abs().max() == 0.0
-    torch.testing.assert_close(root.grad[:, 1], torch.full((3,), -1000.0))  # -2 / G
+    expected = torch.tensor([-1000.0, -2000.0, -1000.0, 200.0, -0.2, 0.0])
+    torch.testing.assert_close(root.grad, expected.repeat(3, 1), rtol=1e-4, atol=0.0)
+
+
+def test_the_divergence_of_small_roots_is_smooth() -> None:
+    root = torch.linspace(-3e-3, 3e-3, 18, dtype=torch.float64).view(3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(divergence_of, (root,), eps=1e-8, rtol=1e-3)
+    edge = torch.full((3, 6), 1e-3, dtype=torch.float64)
+    below, above = (float(divergence_of(edge * (1 + step))) for step in (-1e-9, 1e-9))
+    assert below == pytest.approx(above, rel=1e-8)
 
 
 @pytest.mark.parametrize(("rows", "cycle"), [(640, 316), (2558, 544), (9427, 909)])

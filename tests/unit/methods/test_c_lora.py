@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -15,6 +16,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.config import OptimConfig
 from dalorra_core.data.collate import EncodedExample
+from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.c_lora import CLoraConfig, ContextualCore, net_shapes
 from dalorra_core.methods.method import Draw
@@ -343,6 +345,19 @@ def test_the_factor_is_the_published_one(tiny: TinyAdapter) -> None:
     assert divergence(tiny, constant, (3, 2))[1] == pytest.approx(3e-6 / 5 * 2)
     bound = constant.model_copy(update={"kl_scale": "per_example", "kl_weight": 1.0})
     assert divergence(tiny, bound, (3, 2))[1] == 1.0
+
+
+def test_settings_and_rank_are_bounded() -> None:
+    """A manifest of unknown origin must not ask for tables of any size, or cycles without end."""
+    for wrong in ({"gamma": 0.5}, {"gamma": 65}, {"kl_weight": 1e7}):
+        with pytest.raises(ValidationError):
+            CLoraConfig.model_validate(wrong)
+    specs = (TargetSpec("lm_head", 6, 5, None),)
+    assert C_LORA.shapes(specs, 64, TOKEN)["lm_head.net_W2"][0] == 2 * 64**2
+    with pytest.raises(ConfigError, match=r"needs adapter\.r of at most 64, got 65"):
+        C_LORA.shapes(specs, 65, TOKEN)
+    with pytest.raises(ConfigError, match=r"needs adapter\.r of at most 64, got 65"):
+        C_LORA.init(specs, 65, 0, TOKEN)
 
 
 def test_a_divergence_needs_a_forward_pass(tiny: TinyAdapter) -> None:

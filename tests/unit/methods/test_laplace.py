@@ -42,7 +42,7 @@ def no_answers(_pack: SamplePack, _rows: Sequence[int]) -> Tensor:
 
 
 def context_of(gradients: Any, rows: int) -> FitContext:
-    return FitContext(rows, torch.zeros(rows), 1, no_answers, gradients, silent)
+    return FitContext(rows, 1, no_answers, gradients, silent)
 
 
 def fit(state: AdapterState, config: LaplaceConfig, context: FitContext) -> AdapterState:

@@ -151,6 +151,14 @@ def test_mean_and_variance_over_samples(
     torch.testing.assert_close(mean[0, :3].double(), p * signal)
 
 
+def test_a_sample_is_one_function_in_training_too() -> None:
+    """Unlike BLoB's default, see docs/method.md 9.4."""
+    config = MaskWeightConfig()
+    for pack in (HYBRID.train_pack, HYBRID.predict_pack):
+        modules = pack(state_of(config), config, Draw(("run", 1), 2)).modules.values()
+        assert all(module.beside is None and len(module.lora_A) == 2 for module in modules)
+
+
 @pytest.mark.parametrize("per", ["entry", "rank"])
 def test_it_starts_at_the_prior_gates_and_the_asked_for_spread(per: Per) -> None:
     config = MaskWeightConfig(sigma_per=per, prior_prob=0.7, initial_sigma=0.01)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -210,6 +210,16 @@ def test_the_faithful_search_by_answers_stops_at_a_narrow_interval() -> None:
     assert len(everything) == 60
 
 
+@pytest.mark.parametrize(("criterion", "published"), [("nll", 0.003), ("answers", 0.01)])
+def test_each_criterion_has_its_published_tolerance(
+    criterion: Literal["nll", "answers"], published: float
+) -> None:
+    config = TfbConfig(criterion=criterion, low=0.0, high=1.0, search_steps=20)
+    assert search_sigma(linear(1.0, []), config) == pytest.approx(published, abs=2e-6)
+    own = config.model_copy(update={"tolerance": 0.25})
+    assert search_sigma(linear(1.0, []), own) == pytest.approx(0.25, abs=2e-6)
+
+
 def test_an_empty_interval_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"low must be below high, got 0\.02 and 0\.015"):
         TfbConfig(low=0.02)
@@ -226,9 +236,7 @@ class FakeModel:
         self.packs: list[SamplePack] = []
         self.asked: list[list[int]] = []
         self.lines: list[str] = []
-        self.context = FitContext(
-            rows, torch.zeros(rows), 7, self.predict, self.no_gradients, self.lines.append
-        )
+        self.context = FitContext(rows, 7, self.predict, self.no_gradients, self.lines.append)
 
     @staticmethod
     def no_gradients(_pack: SamplePack, _rows: Sequence[int]) -> Any:

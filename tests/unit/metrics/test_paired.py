@@ -146,6 +146,39 @@ def test_strata_keep_their_sizes() -> None:
     assert len(free.resampled.unique()) > 2
 
 
+def test_repeats_of_a_question_are_resampled_together() -> None:
+    """Every row is there twice: the deviation is that of half as many rows, not of all of them."""
+    generator = torch.Generator().manual_seed(8)
+    once = normals(generator, 100)
+    draw, groups = RowDraw(200, 4000), torch.arange(100).repeat(2)
+    twice = seed_scores(resampled_mean, {0: (once.repeat(2),)}, draw, groups=groups)
+    expected = float(once.std(correction=0)) / 10  # of a mean of 100 draws with replacement
+    # The standard error of a standard deviation of R draws is 1 / sqrt(2 R) of it: 1.1 %.
+    assert float(twice.resampled.std()) == pytest.approx(expected, rel=0.05)
+    apart = seed_scores(resampled_mean, {0: (once.repeat(2),)}, draw)
+    assert float(apart.resampled.std()) == pytest.approx(expected / math.sqrt(2), rel=0.05)
+
+
+def test_groups_of_each_size_and_kind_keep_their_number() -> None:
+    groups = torch.tensor([7, 3, 7, 5, 3, 9, 2, 5, 5])
+    strata = torch.tensor([0, 0, 0, 1, 0, 1, 0, 1, 1])
+    seen: list[Tensor] = []
+
+    def watched(counts: Tensor, values: Tensor) -> Tensor:
+        seen.append(counts)
+        return counts @ values
+
+    runs: Runs = {0: (torch.ones(9, dtype=torch.float64),)}
+    found = seed_scores(watched, runs, RowDraw(9, 60), strata, groups)
+    counts = torch.cat(seen[1:])
+    assert found.resampled.unique().tolist() == [9.0]
+    for rows in ([0, 2], [1, 4], [3, 7, 8]):  # of one group
+        assert bool((counts[:, rows] == counts[:, rows[:1]]).all())
+    assert set(counts[:, [0, 1]].sum(dim=1).tolist()) == {2.0}  # two pairs are drawn
+    for alone in (3, 5, 6):  # the only group of its size and kind
+        assert set(counts[:, alone].tolist()) == {1.0}
+
+
 def test_any_function_of_rows_is_a_statistic() -> None:
     generator = torch.Generator().manual_seed(4)
     runs: Runs = {s: (normals(generator, 30),) for s in range(2)}
@@ -322,32 +355,50 @@ def test_holm_is_the_closed_bonferroni_test() -> None:
 def test_best_and_second_need_to_beat_all_that_follow() -> None:
     a, b, c = constant([0.1, 0.11, 0.12]), constant([0.2, 0.21, 0.22]), constant([0.3, 0.31, 0.32])
     found = standing({"c": c, "a": a, "b": b}, higher_is_better=False)
-    assert (found.order, found.best, found.second) == (("a", "b", "c"), "a", "b")
+    assert (found.order, found.best, found.second) == (("a", "b", "c"), ("a",), ("b",))
     assert found.p_best == pytest.approx(2 * 2 / 2001)  # two claims
     turned = standing({"c": c, "a": a, "b": b}, higher_is_better=True)
-    assert (turned.order, turned.best, turned.second) == (("c", "b", "a"), "c", "b")
+    assert (turned.order, turned.best, turned.second) == (("c", "b", "a"), ("c",), ("b",))
     # The first beats the second, but not the third, whose seeds are all over the place.
     wild = constant([0.0, 0.4, 0.8])
     found = standing({"a": a, "b": b, "wild": wild}, higher_is_better=False)
-    assert (found.order, found.best, found.second) == (("a", "b", "wild"), None, None)
+    assert (found.order, found.best, found.second) == (("a", "b", "wild"), (), ())
+
+
+def test_equal_methods_share_their_place() -> None:
+    """As a method and its tempered answers do, whose accuracy is the same."""
+    a, b, c = (constant([v, v + 0.01, v - 0.01]) for v in (0.3, 0.5, 0.9))
+    twin = constant([0.3, 0.31, 0.29])
+    found = standing({"c": c, "a": a, "b": b, "twin": twin}, higher_is_better=False)
+    assert (found.order, found.best, found.second) == (
+        ("a", "twin", "b", "c"),
+        ("a", "twin"),
+        ("b",),
+    )
+    last = standing({"a": a, "b": b, "c": c, "b2": b}, higher_is_better=False)
+    assert (last.best, last.second) == (("a",), ("b", "b2"))
+    alike = standing({"a": a, "twin": twin}, higher_is_better=False)
+    assert (alike.best, alike.second) == ((), ())
+    other = SeedScores((4, 5, 6), a.observed, a.resampled, a.draw)  # not the same seeds
+    assert standing({"a": a, "other": other}, higher_is_better=False).best == ()
 
 
 def test_two_methods_have_a_best_and_no_second_and_one_has_neither() -> None:
     a, b = constant([0.1, 0.11, 0.12]), constant([0.2, 0.21, 0.22])
     two = standing({"a": a, "b": b}, higher_is_better=False)
-    assert (two.best, two.second) == ("a", None)
+    assert (two.best, two.second) == (("a",), ())
     assert math.isnan(two.p_second)
     one = standing({"a": a}, higher_is_better=False)
-    assert (one.order, one.best, one.second) == (("a",), None, None)
+    assert (one.order, one.best, one.second) == (("a",), (), ())
     assert math.isnan(one.p_best)
 
 
 def test_few_seeds_or_none_in_common_support_nothing() -> None:
     a, b = constant([0.1, 0.11]), constant([0.9, 0.91])
-    assert standing({"a": a, "b": b}, higher_is_better=False).best is None
+    assert standing({"a": a, "b": b}, higher_is_better=False).best == ()
     c = constant([0.1, 0.11, 0.12])
     d = SeedScores((7, 8, 9), c.observed + 1, c.resampled + 1, c.draw)
-    assert standing({"c": c, "d": d}, higher_is_better=False).best is None
+    assert standing({"c": c, "d": d}, higher_is_better=False).best == ()
 
 
 def test_the_order_over_common_seeds_decides() -> None:
@@ -355,14 +406,14 @@ def test_the_order_over_common_seeds_decides() -> None:
     a = constant([0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
     b = constant([0.4, 0.4, 0.4])
     found = standing({"a": a, "b": b}, higher_is_better=False)
-    assert (found.order[0], found.best, found.p_best) == ("a", None, 1.0)
+    assert (found.order[0], found.best, found.p_best) == ("a", (), 1.0)
 
 
 def test_an_undefined_method_is_left_out() -> None:
     a, b = constant([0.1, 0.11, 0.12]), constant([0.2, 0.21, 0.22])
     undefined = constant([math.nan] * 3)
     found = standing({"a": a, "n": undefined, "b": b}, higher_is_better=False)
-    assert (found.order, found.best) == (("a", "b"), "a")
+    assert (found.order, found.best) == (("a", "b"), ("a",))
 
 
 @pytest.mark.parametrize("methods", [2, 4])
@@ -375,7 +426,7 @@ def test_equal_methods_are_seldom_told_apart(methods: int) -> None:
             for m in range(methods)
         }
         found = standing(columns, higher_is_better=True)
-        claimed += found.best is not None or found.second is not None
+        claimed += bool(found.best or found.second)
     assert claimed / simulations < 0.05 + 4 * math.sqrt(0.05 * 0.95 / simulations)
 
 

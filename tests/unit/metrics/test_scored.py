@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from dalorra_core.errors import ConfigError
-from dalorra_core.metrics.scored import METRICS, ScoredRows, metric_scores, with_outside
+from dalorra_core.metrics.calibration import classwise_ece, ece_noise_floor
+from dalorra_core.metrics.scored import (
+    METRICS,
+    ScoredRows,
+    metric_scores,
+    noise_floors,
+    possible_labels,
+    with_outside,
+)
 from dalorra_core.metrics.uncertainty import log_mean_probs, summarise
 from dalorra_core.training.evaluation import evaluate
 
@@ -104,3 +112,67 @@ def test_what_cannot_be_scored_is_refused() -> None:
         metric_scores("auroc_error_variation_ratio", {0: only})
     with pytest.raises(ValueError, match="same 0 > 0 rows"):
         metric_scores("nll", {0: replace(rows, labels=torch.full((ROWS,), -1))})
+
+
+def test_a_label_that_is_no_choice_of_any_row_does_not_make_the_classwise_error_smaller() -> None:
+    log_probs, rows = scored(3)
+    wider = torch.cat([log_probs[:, :, :2], log_probs.new_full((3, ROWS, 2), -math.inf)], dim=2)
+    wider = torch.cat([wider, log_probs[:, :, 2:]], dim=2)
+    labels = torch.where(rows.labels >= 2, rows.labels + 2, rows.labels)
+    plain, padded = (
+        evaluate(*asked).metrics["classwise_ece"].value
+        for asked in ((log_probs, rows.labels), (wider, labels))
+    )
+    assert padded == pytest.approx(plain, rel=1e-12)
+    known = replace(rows, labels=labels, log_mean_probs=log_mean_probs(wider))
+    found = metric_scores("classwise_ece", {1: known}, num_resamples=2)
+    assert found.observed.tolist() == pytest.approx([plain], rel=1e-12)
+
+
+def test_a_label_that_is_right_counts_even_where_no_row_may_have_it() -> None:
+    probs, labels = possible_labels(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([0]))
+    assert (probs.tolist(), labels.tolist()) == ([[0.0, 1.0]], [0])
+
+
+def test_the_noise_floors_are_the_errors_of_a_calibrated_model() -> None:
+    _, rows = scored(5, 400)
+    inside = rows.labels >= 0
+    found = noise_floors(rows, num_draws=400)
+    probs = rows.log_mean_probs.double().exp()[inside]
+    other = ece_noise_floor(
+        probs.amax(1), num_draws=2000, generator=torch.Generator().manual_seed(9)
+    )
+    # Means of 400 and of 2000 draws: 5 standard errors.
+    assert found["ece"] == pytest.approx(
+        other.mean, abs=5 * other.std * math.sqrt(1 / 400 + 1 / 2000)
+    )
+    drawn = torch.multinomial(
+        probs, 1000, replacement=True, generator=torch.Generator().manual_seed(2)
+    )
+    errors = torch.tensor([classwise_ece(probs, labels) for labels in drawn.T])
+    error = 5 * float(errors.std()) * math.sqrt(1 / 400 + 1 / 1000)
+    assert found["classwise_ece"] == pytest.approx(float(errors.mean()), abs=error)
+    assert set(found) == {"ece", "adaptive_ece", "classwise_ece"}
+    assert found["adaptive_ece"] > 0
+    assert noise_floors(replace(rows, labels=torch.full_like(rows.labels, -1))) == {}
+
+
+def test_rows_of_one_group_are_resampled_together() -> None:
+    _, rows = scored(6, out_of_scope=False)
+    pairs = torch.arange(ROWS) // 2
+    same = torch.arange(ROWS) // 2 * 2
+    twice = replace(
+        rows,
+        labels=rows.labels[same],
+        log_mean_probs=rows.log_mean_probs[same],
+        scores={name: values[same] for name, values in rows.scores.items()},
+    )
+    known, unknown = (
+        metric_scores("nll", {0: one}, num_resamples=2000).resampled.std()
+        for one in (replace(twice, groups=pairs), twice)
+    )
+    # Half the evidence: sqrt(2) times the deviation, of which 2000 resamples know 1.6 %.
+    assert float(known / unknown) == pytest.approx(math.sqrt(2), rel=0.1)
+    both = with_outside(replace(twice, groups=pairs), replace(twice, groups=pairs))
+    assert both.groups is not None
+    assert len(both.groups.unique()) == ROWS

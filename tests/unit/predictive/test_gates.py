@@ -52,7 +52,9 @@ def test_gates_of_prompts_are_those_of_their_logits(tiny: TinyAdapter) -> None:
     embedding: Any = tiny.base.get_input_embeddings()
     table = embedding.weight
     mean = torch.stack([table[list(row.token_ids)].double().mean(0) for row in rows]).float()
-    logits = prompt_logits(state, PROMPT, RowContext(mean, torch.ones(4, 1, dtype=torch.bool)))
+    logits = prompt_logits(
+        state, PROMPT, RowContext(lambda: mean, torch.ones(4, 1, dtype=torch.bool))
+    )
     torch.testing.assert_close(found, logits.sigmoid().float())
 
 

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from dalorra_core.adapters.gradients import LabelGradients
-from dalorra_core.errors import ConfigError
-from dalorra_core.predictive.gradients import label_gradients, label_gradients_of_rows
+from dalorra_core.errors import ConfigError, RowMemoryError
+from dalorra_core.predictive import gradients as gradients_module
+from dalorra_core.predictive.gradients import (
+    bytes_per_token,
+    label_gradients,
+    label_gradients_of_rows,
+)
 from tests.support.tiny_models import (
     FAMILIES,
     TinyAdapter,
@@ -154,6 +159,65 @@ def test_rows_that_nobody_wants_are_left_out() -> None:
     )
     assert [places for places, _ in found] == [[1], [2]]
     assert asked == [1, 2, 0]  # shortest first
+
+
+def test_modules_that_read_the_same_share_their_inputs() -> None:
+    tiny = tiny_adapter(targets=("q_proj", "v_proj", "down_proj"), layers=(1, 1))
+    found = gradients_of(tiny).modules
+    query, value, down = (found[name].inputs for name in names_of(tiny))
+    assert query is value
+    assert down is not query
+
+
+def chunks_of(tiny: TinyAdapter, modules: tuple[str, ...], limit: int = 1000) -> list[list[int]]:
+    found = label_gradients_of_rows(
+        tiny.model,
+        gated_pack(tiny.state, None),
+        random_rows(LENGTHS),
+        modules=modules,
+        max_padded_tokens=limit,
+    )
+    return [places for places, _ in found]
+
+
+def test_memory_bounds_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows have 1, 3 and 5 tokens; a chunk is padded to its longest one."""
+    tiny = tiny_adapter()
+    each = bytes_per_token(tiny.model, names_of(tiny))
+    for tokens, chunks in ((5, [[1], [2], [0]]), (6, [[1, 2], [0]]), (15, [[1, 2, 0]])):
+        monkeypatch.setattr(gradients_module, "CHUNK_BYTES", tokens * each)
+        assert chunks_of(tiny, names_of(tiny)) == chunks
+        assert chunks_of(tiny, names_of(tiny), limit=1) == [[1], [2], [0]]
+
+
+def test_what_a_token_takes_is_at_least_what_is_given_back() -> None:
+    tiny = tiny_adapter(targets=("q_proj", "down_proj", "lm_head"))
+    found = gradients_of(tiny, (7, 7))
+    given = sum(m.inputs.nbytes + m.outputs.nbytes for m in found.modules.values())
+    assert given <= 2 * 7 * bytes_per_token(tiny.model, names_of(tiny))
+    head = bytes_per_token(tiny.model, ("lm_head",))
+    assert head == 4 * (5 * 5 + 32)  # C^2 derivatives and the state; no layer is differentiated
+
+
+def test_a_row_that_would_take_too_much_is_refused_and_spoils_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = tiny_adapter()
+    each = bytes_per_token(tiny.model, names_of(tiny))
+    monkeypatch.setattr(gradients_module, "MOST_ROW_BYTES", 4 * each)
+    monkeypatch.setattr(gradients_module, "CHUNK_BYTES", each)
+    found = label_gradients_of_rows(
+        tiny.model,
+        gated_pack(tiny.state, None),
+        random_rows(LENGTHS),
+        modules=names_of(tiny),
+        max_padded_tokens=1000,
+    )
+    assert [next(found)[0], next(found)[0]] == [[1], [2]]
+    message = f"5 labels for a prompt of 5 tokens would take about {5 * each} bytes"
+    with pytest.raises(RowMemoryError, match=message):
+        next(found)
+    assert chunks_of(tiny, ("lm_head",)) == [[1, 2, 0]]
 
 
 def test_one_function_only() -> None:

@@ -159,3 +159,18 @@ def test_the_rows_are_told_by_their_tokens_alone() -> None:
         expected = table[list(row.token_ids)].mean(0).float()
         assert torch.equal(context.mean_embedding[b], expected)
         assert context.is_token[b].tolist() == [t < len(row.token_ids) for t in range(50)]
+
+
+def test_embeddings_are_looked_up_only_when_they_are_asked_for() -> None:
+    tiny, watch = tiny_adapter(), Watch()
+    pack = replace(served(tiny, DalorraConfig(), 0, mean=False).pack, per_row=watch)
+    looked_up: list[int] = []
+    model: Any = tiny.model.trunk.model
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda *_: looked_up.append(1))
+    tiny.model.settled(pack, batch_of(random_rows((4, 6))))
+    assert looked_up == []
+    (context,) = watch.seen
+    assert context.mean_embedding is context.mean_embedding
+    assert looked_up == [1]
+    handle.remove()

@@ -45,13 +45,20 @@ def test_large_packs_are_fewer() -> None:
     assert [plan.seed for plan in drawn.plans] == [0, 1, 2, 1]
 
 
-def test_a_pack_above_the_limit_is_drawn_each_time() -> None:
-    drawn = Drawn()
-    kept = KeptPacks(drawn)
-    huge = SamplingPlan(SAMPLES_KEPT + 1)
-    assert kept.of(huge).num_samples == SAMPLES_KEPT + 1
+@pytest.mark.parametrize(("num_samples", "size"), [(SAMPLES_KEPT + 1, 0), (2, 101)])
+def test_a_pack_above_a_limit_is_kept_alone(
+    num_samples: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of one plan draw it once, whatever its size; any other plan pushes it out."""
+    monkeypatch.setattr(plan_module, "BYTES_KEPT", 100)
+    drawn, huge, small = Drawn(), SamplingPlan(num_samples), SamplingPlan(1)
+    kept = KeptPacks(drawn, lambda pack: size if pack.num_samples > 1 else 0)
+    first = kept.of(huge)
+    assert first.num_samples == num_samples
+    assert kept.of(huge) is first
+    assert kept.of(small) is kept.of(small)
     kept.of(huge)
-    assert drawn.plans == [huge, huge]
+    assert drawn.plans == [huge, small, huge]
 
 
 def test_the_tensors_of_a_pack_are_its_factors_and_gates() -> None:

@@ -3,12 +3,11 @@
 import math
 from dataclasses import replace
 
-import pytest
 import torch
 
-from dalorra_core.errors import DataError
-from dalorra_core.metrics.scored import ScoredRows
+from dalorra_core.metrics.scored import METRICS, ScoredRows
 from dalorra_core.report.tables import (
+    TABLE_METRICS,
     Cell,
     RunResult,
     column_scores,
@@ -32,7 +31,7 @@ def run(
     accuracy = right / ROWS
     nll = -(accuracy * math.log(0.9) + (1 - accuracy) * math.log(0.1))
     values = {"accuracy": accuracy, "nll": nll, "ece": abs(accuracy - 0.9), "aurc": None}
-    return RunResult(method, column, seed, values, 0.021, found if rows else None)
+    return RunResult(method, column, seed, values, {"ece": 0.021}, found if rows else None)
 
 
 def three_seeds(method: str, *right: int, column: str = "trec") -> list[RunResult]:
@@ -193,12 +192,47 @@ def test_detection_tells_another_task_from_the_runs_own() -> None:
     assert row_of(text, "a") == "| a | **100.00 ± 0.00** |"
 
 
-def test_methods_that_answered_other_rows_are_not_compared() -> None:
-    results = three_seeds("a", 50) + three_seeds("b", 50)
-    assert results[1].rows is not None
-    other = replace(results[1].rows, ids=tuple(map(str, range(1, ROWS + 1))))
-    with pytest.raises(DataError, match="trec: b with seed 1 was scored on other rows than a"):
-        column_scores([results[0], replace(results[1], rows=other)], "accuracy")
+def test_methods_that_answered_other_rows_are_shown_and_not_compared() -> None:
+    results = [one for m, k in (("x", 20), ("a", 58), ("b", 40)) for one in three_seeds(m, k, k, k)]
+    for place in (0, 1, 2):
+        rows = results[place].rows
+        assert rows is not None
+        other = replace(rows, ids=tuple(map(str, range(1, ROWS + 1))))
+        results[place] = replace(results[place], rows=other)
+    assert set(column_scores(results, "accuracy", num_resamples=RESAMPLES)["trec"]) == {"a", "b"}
+    text = table_of(results)
+    assert row_of(text, "x") == "| x | 33.33 ± 0.00 |"
+    assert row_of(text, "a") == "| a | **96.67 ± 0.00** |"
+    assert "In no test, since scored on other rows than most: x on trec." in text
+    assert "In no test" not in table_of(results[3:])
+
+
+def test_equal_methods_share_a_mark() -> None:
+    results = [one for m, k in (("a", 58), ("b", 40)) for one in three_seeds(m, k, k, k)]
+    twins = [*results, *three_seeds("a+T", 58, 58, 58)]
+    text = table_of(twins)
+    assert row_of(text, "a").endswith("**96.67 ± 0.00** |")
+    assert row_of(text, "a+T").endswith("**96.67 ± 0.00** |")
+    assert "share a mark" in text
+    assert "share a mark" not in table_of(results)
+
+
+def test_every_metric_has_a_table_and_each_calibration_error_its_floor() -> None:
+    assert set(TABLE_METRICS) == set(METRICS)
+    assert len(TABLE_METRICS) == len(METRICS)
+    results = [
+        replace(
+            one,
+            metrics={"adaptive_ece": 0.05, "classwise_ece": 0.06, "augrc": 0.07},
+            noise_floors={"adaptive_ece": 0.031, "classwise_ece": 0.012},
+        )
+        for one in three_seeds("a", 50, 50, 50)
+    ]
+    text = results_markdown(results, num_resamples=RESAMPLES)
+    assert "| a | 5.00 ± 0.00 (3.10) |" in text
+    assert "| a | 6.00 ± 0.00 (1.20) |" in text
+    assert "| a | 7.00 ± 0.00 |" in text
+    assert text.count("perfectly calibrated models") == 2
 
 
 def test_a_label_cannot_break_the_table() -> None:

@@ -49,6 +49,22 @@ def test_a_table_is_drawn_once() -> None:
     assert weight.grad is not None
 
 
+def test_one_position_is_drawn_where_one_is_asked_for_and_what_is_to_come_is_known() -> None:
+    tied = PositionNormals.named(("a",), 2, 9)
+    tied.of(4, 1, CPU)
+    assert tied.tensors()[0].shape == (2, 1, 9)
+    assert tied.bytes_to_come(1) == 0
+    grown = PositionNormals.named(("a",), 3, 2)
+    for length in (1, 5, 33):
+        before = sum(t.nbytes for t in grown.tensors())
+        expected = grown.bytes_to_come(length)
+        grown.of(1, length, CPU)
+        assert sum(t.nbytes for t in grown.tensors()) == before + expected
+        assert grown.narrow(1, 2).bytes_to_come(length) == 0
+    assert torch.equal(grown.of(1, 33, CPU), PositionNormals.named(("a",), 3, 2).of(1, 33, CPU))
+    assert RowNormals(("a",), range(2), 3).bytes_to_come(5) == 0
+
+
 def test_training_rows_have_numbers_of_their_own() -> None:
     numbers = RowNormals(("a",), range(2), 3)
     found = numbers.of(4, 5, CPU)
