@@ -58,7 +58,8 @@ def train_command(  # noqa: PLR0913, PLR0917  options of a command line
     `OUTPUT/manifest.json` and `OUTPUT/adapter.safetensors` in one step.
 
     **Data.** `data.source` is a directory with `train.jsonl` and `validation.jsonl`, a single
-    `.jsonl` file, or `hub:NAME` (with the extra `hub` and a network). A row is either
+    `.jsonl` file, `hub:NAME` (with the extra `hub` and a network), or `task:NAME`, a data set of
+    the published protocol under `data.root`. A row is either
     `{"id", "text", "label"}` or `{"id", "question", "context", "choices", "answer"}`. A bad row
     stops the run before the first step with its file, line and field.
 
@@ -71,8 +72,9 @@ def train_command(  # noqa: PLR0913, PLR0917  options of a command line
     what this run would have trained, on the same base model, labels, prompt and modules.
 
     **Settings.** All of them, with defaults and meaning: `docs/training.md`. The ones most worth
-    knowing: `method` (`dalorra` or `mle`), `method.tau`, `method.prior_prob`, `adapter.r`,
-    `adapter.target_modules`, `optim.lr`, `optim.steps`, `optim.batch_size`, `run.precision`.
+    knowing: `method` (such as `dalorra`, `mle`, `ensemble`, `blob`, `laplace`; `docs/method.md`
+    has all), `method.tau`, `method.prior_prob`, `adapter.r`, `adapter.target_modules`, `optim.lr`,
+    `optim.steps`, `optim.batch_size`, `run.precision`.
 
     **Examples**
 
