@@ -117,3 +117,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         )
 
     return check
+
+
+def pytest_unconfigure() -> None:
+    # Exporters of collectors that hung in a test give up some time after the last one.
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
