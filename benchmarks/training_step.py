@@ -12,7 +12,6 @@ contender's own, measured in a process of its own.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -251,7 +250,9 @@ def _peak_mb(who: str, options: argparse.Namespace) -> float:
         step(batch)
     if _device(options).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
