@@ -1,4 +1,4 @@
-"""Every example of docs/client.md, and examples/escalate.py, against a real server."""
+"""Every example of README.md and docs/client.md, and examples/escalate.py, on a real server."""
 
 import importlib.util
 import json
@@ -32,6 +32,28 @@ def server() -> Iterator[Process]:
         process.port = process.read_log("listening")["port"]
         process.read_log("ready")
         yield process
+
+
+def test_the_first_page_does_what_it_says(server: Process) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "http://localhost:8000" in block
+    unsure = block.replace("what is my balance", "my card was charged twice")
+    printed = ""
+    # One of the two hooks is called for an unsure answer; which one is the policy's business.
+    for text in (block, unsure, unsure.replace("on_abstain", "on_review")):
+        done = subprocess.run(
+            [sys.executable, "-c", text.replace("http://localhost:8000", server.url)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^\w+ (accept|review|abstain)$", done.stdout, re.MULTILINE), done.stdout
+        printed += done.stdout
+    assert printed.count("ask a person: my card was charged twice") == 1
 
 
 @pytest.mark.parametrize(("block", "printed"), list(zip(BLOCKS, EXPECTED, strict=True)))

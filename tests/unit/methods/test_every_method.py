@@ -108,12 +108,13 @@ def test_equal_seeds_start_equally_and_others_do_not(config: MethodSettings) -> 
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@every_case
+@pytest.mark.parametrize(
+    "config",
+    [c for c in CASES if c.name not in MOVED_FROM_THE_START and method_of(c).fit is None],
+    ids=case_name,
+)
 def test_without_up_factors_every_sample_is_the_base_model(config: MethodSettings) -> None:
-    method = method_of(config)
-    if config.name in MOVED_FROM_THE_START or method.fit is not None:
-        pytest.skip("its samples differ from the base model's answer even so")
-    state = filled_state(config)
+    method, state = method_of(config), filled_state(config)
     zeroed = {
         name: torch.zeros_like(value) if name.endswith("lora_B") else value
         for name, value in state.params.items()
@@ -129,11 +130,11 @@ def test_without_up_factors_every_sample_is_the_base_model(config: MethodSetting
         assert_near(found.double(), expected.expand(pack.num_samples, -1, -1))
 
 
-@every_case
+@pytest.mark.parametrize(
+    "config", [c for c in CASES if method_of(c).logit_covariance is None], ids=case_name
+)
 def test_a_fused_pass_is_one_pass_for_each_sample(config: MethodSettings) -> None:
     method, state = method_of(config), filled_state(config)
-    if method.logit_covariance is not None:
-        pytest.skip("its samples share one pass")
     pack = method.predict_pack(state, config, DRAW).to(CPU, torch.float32)
     with torch.no_grad():
         together = tiny().model(batch_of(ROWS), pack).logits
