@@ -173,8 +173,8 @@ def forward_together(
     with trunk.turns:
         packs = [group.model.settled(group.pack, group.batch) for group in groups]
         stem = groups[0].batch.stem if len(groups) == 1 else None
-        states = trunk.states(input_ids, packs, rows, _fold_layer(groups), stem)  # (M*B, T, d)
-        folded = states[torch.arange(len(last), device=last.device), last]  # (M*B, d)
+        layer = _fold_layer(groups)
+        folded = trunk.last_states(input_ids, last, packs, rows, layer, stem)  # (M*B, d)
         hidden = unfold(folded, m)  # (M, B, d)
         full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
         return tuple(

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.inject import TargetSpec, decoder_of, inject
 from dalorra_core.adapters.pack import SamplePack, fold
 from dalorra_core.predictive.fork import folded_at
+from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.turns import Turns
 
 __all__ = ["Trunk", "starting_at"]
@@ -41,6 +44,39 @@ class Trunk:
         """
         with self.turns:
             inject(self.model, specs, self.binding)
+
+    def last_states(
+        self,
+        input_ids: Tensor,
+        last: Tensor,
+        packs: Sequence[SamplePack],
+        rows: Sequence[int],
+        fold_layer: int | None,
+        stem: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states of each row's last token; to be called inside ``turns``.
+
+        Args:
+            input_ids: See ``states``, as for the arguments that are not named here.
+            last: (M*B,) position of the last token of row m*B + b.
+            packs: At least one; all of equal M.
+            rows: Rows of each pack.
+            fold_layer: Layer at whose input the samples are folded in.
+            stem: States at the input of that layer.
+
+        Returns:
+            (M*B, d), row m*B + b.
+        """
+        if self._shortens and not needs_every_position(packs):
+            with shortened_to(self.decoder, last):
+                return self.states(input_ids, packs, rows, fold_layer, stem)[:, 0]
+        states = self.states(input_ids, packs, rows, fold_layer, stem)  # (M*B, T, d)
+        return states[torch.arange(len(last), device=last.device), last]
+
+    @cached_property
+    def _shortens(self) -> bool:
+        """Whether the last layer can be run at the last positions only; nothing is bound now."""
+        return can_shorten(self.decoder)
 
     def states(
         self,
