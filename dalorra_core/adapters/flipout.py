@@ -46,6 +46,11 @@ class FlippedNoise:
         u = (x * inner).flatten(1, -2) @ noise.transpose(1, 2)  # (M, B*..., r)
         return (u.view(*x.shape[:-1], noise.shape[1]) * outer).to(x.dtype)
 
+    @property
+    def positionless(self) -> bool:
+        """True in training, where every token of every row has signs of its own."""
+        return self.by_row
+
     def signs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return +-1 for the inputs (M, B or 1, ..., d_in) and the rank features (..., r)."""
         r, d_in = self.noise.shape[1:]

@@ -107,10 +107,13 @@ def find_targets(
 
 
 def _linear_layers(model: nn.Module) -> Iterator[TargetSpec]:
+    """Yield the model's own linear layers, whether another adapter has adapted them or not."""
+    adapted = {id(m.base) for m in model.modules() if isinstance(m, AdaptedLinear)}
     for name, module in model.named_modules():
         number = _LAYER_NUMBER.search(f".{name}.")
-        if number and isinstance(module, nn.Linear):
-            yield TargetSpec(name, module.in_features, module.out_features, int(number[1]))
+        linear = module.base if isinstance(module, AdaptedLinear) else module
+        if number and isinstance(linear, nn.Linear) and id(module) not in adapted:
+            yield TargetSpec(name, linear.in_features, linear.out_features, int(number[1]))
 
 
 def inject(model: nn.Module, specs: Sequence[TargetSpec], binding: Binding) -> None:

@@ -16,6 +16,7 @@ from dalorra_core.errors import ConfigError
 
 __all__ = [
     "GrowingTransform",
+    "MaybePositionless",
     "ModulePack",
     "PerRow",
     "RowContext",
@@ -58,6 +59,21 @@ class GrowingTransform(Transform, Protocol):
 
     def bytes_to_come(self, length: int) -> int:
         """Return what it will keep beside its tensors once a row of this many tokens was there."""
+        ...
+
+
+@runtime_checkable
+class MaybePositionless(Transform, Protocol):
+    """A transform that may treat all positions alike.
+
+    It does where its noise is a token's own in every pass, or one for all tokens: what it does to a
+    token then has the same distribution wherever the token stands, and it may be shown some of them
+    only.
+    """
+
+    @property
+    def positionless(self) -> bool:
+        """Whether this one does."""
         ...
 
 

@@ -20,6 +20,7 @@ from dalorra_core.adapters.state import factor_shapes
 from dalorra_core.artifact.manifest import Manifest
 from dalorra_core.artifact.placing import put_back
 from dalorra_core.artifact.store import Artifact, load_artifact
+from dalorra_core.bench.bases import Bases
 from dalorra_core.bench.keys import IN, Job, Wanted, spaced
 from dalorra_core.bench.store import (
     SCORES,
@@ -44,7 +45,6 @@ from dalorra_core.metrics.calibration import nll
 from dalorra_core.metrics.selective import auroc
 from dalorra_core.metrics.uncertainty import log_mean_probs, summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
-from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.tempering import temper
 from dalorra_core.training.evaluation import evaluate, json_number, out_of_scope_scores
 from dalorra_core.training.prepare import TrainingData, evaluation_rows, prepare_training_data
@@ -70,19 +70,20 @@ def is_finished(job: Job, record: Record | None) -> bool:
     )
 
 
-def attempt(job: Job, out: Path, say: Callable[[str], None]) -> Record:
+def attempt(job: Job, out: Path, bases: Bases, say: Callable[[str], None]) -> Record:
     """Do what is left of a run and return its record, which says so when the run fails.
 
     Args:
         job: The run.
         out: Directory of the bench.
+        bases: The base models of this process.
         say: Takes lines on what happens.
     """
     directory = run_directory(out, job.key)
     with hold(directory, wait=True):  # a killed bench's last worker may take a moment to leave
         before = _record_so_far(job, out, say)
         try:
-            record = _run(job, directory, before, say)
+            record = _run(job, directory, before, bases, say)
         except Exception as error:  # noqa: BLE001  the other runs go on, whatever this one died of
             record = _failed(before, _logged(error, directory))
         write_record(out, record)
@@ -132,14 +133,14 @@ def _record_so_far(job: Job, out: Path, say: Callable[[str], None]) -> Record:
     )
 
 
-def _run(job: Job, directory: Path, before: Record, say: Callable[[str], None]) -> Record:
-    artifact = _trained(job, directory, say)
-    before = _of_this_adapter(before, artifact.sha256, say)
+def _run(
+    job: Job, directory: Path, before: Record, bases: Bases, say: Callable[[str], None]
+) -> Record:
     config = job.cell.config
+    artifact = _trained(job, directory, bases, say)
+    before = _of_this_adapter(before, artifact.sha256, say)
     say("loading the stored adapter")
-    base = SharedBase.load(
-        identify(config.base), device=config.run.device, dtype=config.run.precision
-    )
+    base = bases.to_serve(config)
     predictor = Predictor.on(base, artifact)
     data = prepare_training_data(config.data, base.tokenizer)
     scoring = _Scoring(job, directory, predictor, base.tokenizer, data, say)
@@ -194,7 +195,7 @@ def _drop_checkpoints(training: Path) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _trained(job: Job, directory: Path, say: Callable[[str], None]) -> Artifact:
+def _trained(job: Job, directory: Path, bases: Bases, say: Callable[[str], None]) -> Artifact:
     """Return the run's adapter, training it or going on with it where that is needed."""
     path = directory / "artifact"
     if put_back(path):
@@ -203,8 +204,15 @@ def _trained(job: Job, directory: Path, say: Callable[[str], None]) -> Artifact:
         except ArtifactError as error:
             say(f"{error}; made anew")
             shutil.rmtree(path)
+    config = job.cell.config
     run_training(
-        job.cell.config, path, directory / TRAINING, resume=True, overwrite=True, report=say
+        config,
+        path,
+        directory / TRAINING,
+        resume=True,
+        overwrite=True,
+        base=bases.to_train(config),
+        report=say,
     )
     return load_artifact(path)
 

@@ -16,6 +16,7 @@ from typing import Literal, Protocol, cast
 import torch
 
 from dalorra_core.base_models.loading import pick_device
+from dalorra_core.bench.bases import Bases
 from dalorra_core.bench.keys import Job
 from dalorra_core.bench.runs import LOG_FILE, attempt, write_failure
 from dalorra_core.bench.store import Record, run_directory
@@ -70,9 +71,11 @@ def devices_of(asked: str) -> tuple[Literal["cpu", "cuda"], tuple[str, ...]]:
 def run_here(jobs: Sequence[Job], out: Path, listener: Listener, *, device: str) -> None:
     """Do the runs one after the other in this process."""
     _use(device)
+    bases = Bases(out)
     for job in jobs:
         listener.started(job, device)
-        listener.ended(job, attempt(job, out, lambda text, job=job: listener.note(job, text)))
+        record = attempt(job, out, bases, lambda text, job=job: listener.note(job, text))
+        listener.ended(job, record)
 
 
 def run_in_workers(
@@ -208,13 +211,14 @@ def _serve(connection: Connection, out: Path, device: str, threads: int) -> None
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _use(device)
+    bases = Bases(out)
     while True:
         try:
             job: Job = connection.recv()
         except EOFError:
             return
         _log_to(run_directory(out, job.key))
-        connection.send(attempt(job, out, _teller(connection)))
+        connection.send(attempt(job, out, bases, _teller(connection)))
 
 
 def _leave_with_parent() -> None:

@@ -64,6 +64,11 @@ class _Dropout:
         shared = [1] * (x.dim() - 1 - len(own))
         return x.masked_fill(dropped.view(-1, *shared, *own), 0.0) / (1 - self.drop_prob)
 
+    @property
+    def positionless(self) -> bool:
+        """False where the dropout belongs to positions: at prediction, unless it is tied."""
+        return self.own_from != _OWN_POSITIONS
+
     def narrow(self, start: int, stop: int) -> "_Dropout":
         """Return the dropout of samples ``start`` to ``stop - 1``."""
         return replace(self, seeds=self.seeds[start:stop])

@@ -51,6 +51,7 @@ class LabelModel(nn.Module):
         self.head = LabelHead(trunk.model, label_set.token_ids)
         with trunk.turns:
             self.head.check_against(trunk.model, trunk.decoder)
+            _ = trunk.shortens  # tried now, not under the first request
         self.head.check_adapter(specs)
         trunk.adapt(specs)
         self.fold_layer = self._fold_layer(specs)

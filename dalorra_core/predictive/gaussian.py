@@ -20,6 +20,7 @@ from dalorra_core.objectives.elbo import label_log_probs
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.gradients import label_gradients_of_rows
 from dalorra_core.predictive.scoring import Prediction, score_rows
+from dalorra_core.predictive.trunk import RowStates
 from dalorra_core.sampling.streams import normals
 
 __all__ = ["logit_draws", "probit_logits", "score_gaussian"]
@@ -85,6 +86,7 @@ def score_gaussian(  # noqa: PLR0913  one call says all that decides the answer
     label_mass: bool = False,
     on_progress: Callable[[int], None] | None = None,
     wanted: Callable[[int], bool] | None = None,
+    stems: RowStates | None = None,
 ) -> Prediction:
     """Return the label log-probabilities of every draw for every row, in the rows' order.
 
@@ -99,6 +101,7 @@ def score_gaussian(  # noqa: PLR0913  one call says all that decides the answer
         label_mass: Also compute that diagnostic, at the posterior mean.
         on_progress: Called with the number of rows finished or left out since the last call.
         wanted: Asked before every chunk for the rows in it; those that are not wanted are left out.
+        stems: See ``label_gradients_of_rows``.
 
     Raises:
         RowMemoryError: See ``label_gradients_of_rows``.
@@ -107,7 +110,13 @@ def score_gaussian(  # noqa: PLR0913  one call says all that decides the answer
     log_probs = torch.full((samples, len(rows), model.num_labels), float("nan"))
     answered = torch.zeros(len(rows), dtype=torch.bool)
     chunks = label_gradients_of_rows(
-        model, pack, rows, modules=modules, max_padded_tokens=max_padded_tokens, wanted=wanted
+        model,
+        pack,
+        rows,
+        modules=modules,
+        max_padded_tokens=max_padded_tokens,
+        wanted=wanted,
+        stems=stems,
     )
     for places, gradients in chunks:
         with torch.no_grad():

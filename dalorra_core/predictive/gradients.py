@@ -9,6 +9,7 @@ bytes for each of its tokens.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.errors import ConfigError, RowMemoryError
 from dalorra_core.predictive.forward import LabelModel, positions_up_to
 from dalorra_core.predictive.scoring import plan_chunks
+from dalorra_core.predictive.trunk import RowStates
 
 __all__ = [
     "CHUNK_BYTES",
@@ -97,7 +99,7 @@ def label_gradients(
         return _gradients(model, model.settled(pack, batch), batch, modules)
 
 
-def label_gradients_of_rows(
+def label_gradients_of_rows(  # noqa: PLR0913  options by name
     model: LabelModel,
     pack: SamplePack,
     rows: Sequence[EncodedExample],
@@ -105,6 +107,7 @@ def label_gradients_of_rows(
     modules: Sequence[str],
     max_padded_tokens: int,
     wanted: Callable[[int], bool] | None = None,
+    stems: RowStates | None = None,
 ) -> Iterator[tuple[list[int], LabelGradients]]:
     """Yield the gradients of many rows, chunk by chunk: (places of the rows, their gradients).
 
@@ -116,6 +119,7 @@ def label_gradients_of_rows(
         max_padded_tokens: Tokens of one forward pass; a chunk has fewer where its gradients would
             take more than ``CHUNK_BYTES``, on a GPU ``GPU_CHUNK_BYTES``.
         wanted: Asked before every chunk for the rows in it; those that are not wanted are left out.
+        stems: The rows' states below the first adapted layer, where they are known.
 
     Raises:
         RowMemoryError: The gradients of a row alone would take more than ``MOST_ROW_BYTES``.
@@ -136,6 +140,8 @@ def label_gradients_of_rows(
                 "it, or fit the method with subset last_layer"
             )
         batch = collate([rows[i] for i in places], num_labels=model.num_labels)
+        if stems is not None:
+            batch = replace(batch, stem=stems.of(places))
         moved = batch.to(model.head.weight.device)
         yield places, label_gradients(model, pack, moved, modules)
 
@@ -162,7 +168,8 @@ def _gradients(
         for name, probe in probes.items():
             layer = model.trunk.model.get_submodule(name)
             hooks.enter_context(layer.register_forward_hook(probe))
-        states = model.trunk.states(batch.input_ids, (pack,), (len(rows),), None)
+        layer = None if batch.stem is None else model.fold_layer
+        states = model.trunk.states(batch.input_ids, (pack,), (len(rows),), layer, batch.stem)
     hidden = states[rows, batch.last_index]  # (B, d)
     offset = torch.zeros(len(rows), model.num_labels, device=hidden.device, requires_grad=True)
     logits = model.head(hidden, pack, offset)  # (B, C)

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dalorra_core.adapters.inject import LM_HEAD
-from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.adapters.pack import MaybePositionless, SamplePack
 
 __all__ = ["can_shorten", "needs_every_position", "shortened_to"]
 
@@ -23,12 +23,13 @@ _FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_t
 
 
 def needs_every_position(packs: Sequence[SamplePack]) -> bool:
-    """Return whether a pack does something to activations that depends on where they stand."""
+    """Return whether a pack does something to activations that may depend on where they stand."""
     return any(
-        any(True for _ in module.transforms)
+        not (isinstance(transform, MaybePositionless) and transform.positionless)
         for pack in packs
         for name, module in pack.modules.items()
         if name != LM_HEAD
+        for transform in module.transforms
     )
 
 

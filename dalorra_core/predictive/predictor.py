@@ -36,6 +36,7 @@ from dalorra_core.predictive.plan import (
 )
 from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
 from dalorra_core.predictive.shared_base import SharedBase, identify
+from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.predictive.tempering import pooled, tempered
 
 __all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
@@ -331,12 +332,14 @@ class Predictor:
                 this place; see ``score_together``.
         """
         score = self._scorer(self._effective(plan if plan is not None else self.default_plan))
+        stems = None if self.deterministic else kept_stem_states(self.model, rows)
         parts = [
             score(
                 rows[start:stop],
                 label_mass=label_mass,
                 on_progress=on_progress,
                 wanted=None if wanted is None else _from(start, wanted),
+                stems=stems,
             )
             for start, stop in self._runs(len(rows))
         ]

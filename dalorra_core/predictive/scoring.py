@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Self
 
@@ -14,6 +14,7 @@ from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.errors import ConfigError
 from dalorra_core.objectives.elbo import label_log_probs
 from dalorra_core.predictive.forward import LabelModel, PackedRows, forward_together
+from dalorra_core.predictive.trunk import RowStates
 
 __all__ = [
     "Prediction",
@@ -120,11 +121,14 @@ class RowsToScore:
         model: The adapted model.
         pack: M samples, on the model's device.
         rows: At least one encoded row.
+        stems: The rows' states below the first adapted layer, where they are known; used when one
+            adapter has a pass for itself.
     """
 
     model: LabelModel
     pack: SamplePack
     rows: Sequence[EncodedExample]
+    stems: RowStates | None = None
 
 
 def score_rows(  # noqa: PLR0913  one call says all that decides the answer
@@ -137,6 +141,7 @@ def score_rows(  # noqa: PLR0913  one call says all that decides the answer
     label_mass: bool = False,
     on_progress: Callable[[int], None] | None = None,
     wanted: Callable[[int], bool] | None = None,
+    stems: RowStates | None = None,
 ) -> Prediction:
     """Return the label log-probabilities of every sample for every row, in the rows' order.
 
@@ -149,11 +154,12 @@ def score_rows(  # noqa: PLR0913  one call says all that decides the answer
         label_mass: Also compute that diagnostic.
         on_progress: Called with the number of rows finished since the last call.
         wanted: See ``score_together``.
+        stems: See ``RowsToScore``.
     """
     if num_labels != model.num_labels:
         raise ConfigError(f"num_labels must be the model's {model.num_labels}, got {num_labels}")
     (found,) = score_together(
-        (RowsToScore(model, pack, rows),),
+        (RowsToScore(model, pack, rows, stems),),
         max_padded_tokens=max_padded_tokens,
         label_mass=label_mass,
         on_progress=on_progress,
@@ -256,6 +262,8 @@ class _Part:
     def of(cls, sheet: _Sheet, rows: list[int]) -> Self:
         group = sheet.group
         batch = collate([group.rows[i] for i in rows], num_labels=group.model.num_labels)
+        if group.stems is not None:
+            batch = replace(batch, stem=group.stems.of(rows))
         return cls(sheet, rows, batch.to(group.model.head.weight.device))
 
 

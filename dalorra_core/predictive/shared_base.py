@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -47,20 +47,28 @@ class SharedBase:
     dtype: torch.dtype
 
     @classmethod
-    def load(cls, identity: BaseIdentity, *, device: str = "auto", dtype: str = "auto") -> Self:
+    def load(
+        cls,
+        identity: BaseIdentity,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: Literal["sdpa", "eager"] = "sdpa",
+    ) -> Self:
         """Load a base model and its tokenizer.
 
         Args:
             identity: From ``identify``.
             device: auto, cpu, cuda or cuda:N.
             dtype: auto, float32 or bfloat16.
+            attention: sdpa or eager.
 
         Raises:
             BaseModelError: If it cannot be read.
             ConfigError: If the device or the precision is not to be had.
         """
         where = pick_device(device)
-        model = load_model(identity.directory, where, pick_dtype(dtype, where))
+        model = load_model(identity.directory, where, pick_dtype(dtype, where), attention)
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
         return cls(identity, Trunk(model), tokenizer, where, real)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dalorra_core.data.collate import EncodedExample, collate
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.scoring import padded_token_limit, plan_chunks
-from dalorra_core.predictive.trunk import starting_at
+from dalorra_core.predictive.trunk import RowStates, starting_at
 
-__all__ = ["StemStates", "stem_states"]
+__all__ = ["StemStates", "kept_stem_states", "stem_states"]
 
 MAX_BYTES = 2**30
 """Rows whose states would take more are run from the embeddings every time."""
@@ -31,6 +31,15 @@ class StemStates:
     def of(self, places: Sequence[int]) -> Tensor:
         """Return the states of some rows, (B, T, d), padded on the right with zeros."""
         return nn.utils.rnn.pad_sequence([self._states[i] for i in places], batch_first=True)
+
+    def pick(self, places: Sequence[int]) -> "StemStates":
+        """Return the states of some rows as a set of their own."""
+        return StemStates([self._states[i] for i in places])
+
+    @property
+    def flat(self) -> Tensor:
+        """All rows' states one after the other, (sum of lengths, d)."""
+        return torch.cat(list(self._states))
 
 
 def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates | None:
@@ -61,6 +70,12 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
         for place, own in zip(places, states, strict=True):
             found[place] = own[: lengths[place]].clone()
     return StemStates(found)
+
+
+def kept_stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> RowStates | None:
+    """Return the rows' states from the base model's shelf; None without one."""
+    shelf = model.trunk.shelf
+    return None if shelf is None else shelf.of(model, rows)
 
 
 class _ReachedError(Exception):

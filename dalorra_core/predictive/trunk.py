@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,27 @@ from dalorra_core.predictive.fork import folded_at
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.turns import Turns
 
-__all__ = ["Trunk", "starting_at"]
+__all__ = ["RowStates", "StemSource", "Trunk", "starting_at"]
+
+
+class RowStates(Protocol):
+    """States of a set of rows at the input of the first adapted layer."""
+
+    def of(self, places: Sequence[int]) -> Tensor:
+        """Return the states of some rows, (B, T, d), padded on the right with zeros."""
+        ...
+
+    def pick(self, places: Sequence[int]) -> "RowStates":
+        """Return the states of some rows as a set of their own."""
+        ...
+
+
+class StemSource(Protocol):
+    """Finds the states of a set of rows; see ``predictive/stem_shelf.py``."""
+
+    def of(self, model: Any, rows: Sequence[Any]) -> RowStates | None:
+        """Return them; None where keeping them gains nothing."""
+        ...
 
 
 class Trunk:
@@ -26,6 +46,7 @@ class Trunk:
         decoder: Its part that ends in the last hidden states.
         binding: Through which packs are lent to the adapted layers.
         turns: Held for one forward pass at a time, by whichever thread runs it.
+        shelf: Keeps rows' states below the first adapted layer, where somebody has set one up.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,6 +56,7 @@ class Trunk:
         self.decoder = decoder_of(model)
         self.binding = Binding()
         self.turns = Turns()
+        self.shelf: StemSource | None = None
 
     def adapt(self, specs: Sequence[TargetSpec]) -> None:
         """Make the modules of one adapter ready to be adapted; waits for the forward under way.
@@ -67,15 +89,18 @@ class Trunk:
         Returns:
             (M*B, d), row m*B + b.
         """
-        if self._shortens and not needs_every_position(packs):
+        if self.shortens and not needs_every_position(packs):
             with shortened_to(self.decoder, last):
                 return self.states(input_ids, packs, rows, fold_layer, stem)[:, 0]
         states = self.states(input_ids, packs, rows, fold_layer, stem)  # (M*B, T, d)
         return states[torch.arange(len(last), device=last.device), last]
 
     @cached_property
-    def _shortens(self) -> bool:
-        """Whether the last layer can be run at the last positions only; nothing is bound now."""
+    def shortens(self) -> bool:
+        """Whether the last layer can be run at the last positions only.
+
+        Tried when it is first asked, which is to be inside ``turns`` and while nothing is bound.
+        """
         return can_shorten(self.decoder)
 
     def states(

@@ -22,7 +22,8 @@ from dalorra_core.data.tasks import task_of
 from dalorra_core.errors import ConfigError, DalorraError
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.scoring import padded_token_limit, score_rows
-from dalorra_core.predictive.stem import StemStates, stem_states
+from dalorra_core.predictive.stem import kept_stem_states, stem_states
+from dalorra_core.predictive.trunk import RowStates
 from dalorra_core.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -207,7 +208,7 @@ class _Run:
         self.data, self.config, self.run_dir = data, config, run_dir
         self.accelerator, self.done, self.identity = accelerator, done, identity
         self.num_labels = len(data.label_set.labels)
-        self.stems: StemStates | None = None
+        self.stems: RowStates | None = None
         self.shuffle = not config.data.no_shuffle
         self.last = last_step(
             config.optim,
@@ -230,7 +231,8 @@ class _Run:
         )
         visits = (self.last - done) * optim.gradient_accumulation * optim.batch_size
         if visits > len(self.data.train):  # fewer would not pay for the pass that finds them
-            self.stems = stem_states(self.module.label_model, self.data.train)
+            model, rows = self.module.label_model, self.data.train
+            self.stems = kept_stem_states(model, rows) or stem_states(model, rows)
         for step in range(done, self.last):
             tokens, loss = 0, None
             for number in range(optim.gradient_accumulation):
@@ -300,6 +302,7 @@ class _Run:
             draw = Draw(("evaluation", predictive.seed), predictive.num_samples)
             packs["mc"] = method.predict_pack(self.module.state, self.config.method, draw)
         device = self.accelerator.device
+        stems = kept_stem_states(self.module.label_model, rows)
         return {
             name: score_rows(
                 self.module.label_model,
@@ -307,6 +310,7 @@ class _Run:
                 rows,
                 num_labels=self.num_labels,
                 max_padded_tokens=padded_token_limit(device),
+                stems=stems,
             ).log_probs
             for name, pack in packs.items()
         }

@@ -23,6 +23,7 @@ from dalorra_core.methods.method import FitContext
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.gradients import label_gradients_of_rows
 from dalorra_core.predictive.scoring import padded_token_limit, score_rows
+from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.training.loop import TrainingResult, train
 from dalorra_core.training.prepare import TrainingData
 from dalorra_core.training.settings import TrainConfig
@@ -139,6 +140,7 @@ def _fit_context(
     device = label_model.head.weight.device
     limit, labels = padded_token_limit(device), len(data.label_set.labels)
     modules = METHODS[config.method.name].gradient_modules(state.specs, config.method)
+    kept = kept_stem_states(label_model, data.train)
 
     def predict(pack: SamplePack, indices: Sequence[int]) -> Tensor:
         return score_rows(
@@ -147,13 +149,19 @@ def _fit_context(
             [data.train[i] for i in indices],
             num_labels=labels,
             max_padded_tokens=limit,
+            stems=None if kept is None else kept.pick(indices),
         ).log_probs
 
     def gradients(pack: SamplePack, indices: Sequence[int]) -> Iterator[LabelGradients]:
         rows = [data.train[i] for i in indices]
         moved = pack.to(device, torch.float32)
         chunks = label_gradients_of_rows(
-            label_model, moved, rows, modules=modules, max_padded_tokens=limit
+            label_model,
+            moved,
+            rows,
+            modules=modules,
+            max_padded_tokens=limit,
+            stems=None if kept is None else kept.pick(indices),
         )
         return (found for _, found in chunks)
 

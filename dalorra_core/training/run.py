@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,15 @@ from dalorra_core.artifact.manifest import (
     PromptRef,
 )
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
-from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from dalorra_core.base_models.loading import load_tokenizer, pick_device, pick_dtype
 from dalorra_core.calibration.policy import choose_thresholds
 from dalorra_core.data.examples import ChoiceExample, Example
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.matching import BaseIdentity
 from dalorra_core.predictive.predictor import Predictor
-from dalorra_core.predictive.shared_base import identify
-from dalorra_core.predictive.trunk import Trunk
+from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.existing import check_is_fitted, load_trained
 from dalorra_core.training.loop import TrainingResult
@@ -54,12 +51,6 @@ TARGET_SELECTIVE_RISK = 0.02
 _NUM_GOLDEN = 4
 
 
-@dataclass(frozen=True)
-class _Base:
-    identity: BaseIdentity
-    tokenizer: Any
-
-
 def run_training(  # noqa: PLR0913  options by name
     config: TrainConfig,
     output: Path,
@@ -68,6 +59,7 @@ def run_training(  # noqa: PLR0913  options by name
     resume: bool = False,
     overwrite: bool = False,
     from_adapter: Path | None = None,
+    base: SharedBase | None = None,
     report: Any = print,
 ) -> Path:
     """Train, evaluate on the held-out split, choose a policy and write the artifact.
@@ -80,6 +72,8 @@ def run_training(  # noqa: PLR0913  options by name
         overwrite: Replace an existing artifact at ``output``.
         from_adapter: Artifact of the adapter that this run would train first, for a method that
             is fitted afterwards; None trains it.
+        base: The base model of ``config`` with its device, precision and attention, where it is in
+            memory already; None loads it.
         report: Called with lines for the user.
 
     Returns:
@@ -93,9 +87,14 @@ def run_training(  # noqa: PLR0913  options by name
         raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
     if from_adapter is not None:
         check_is_fitted(config)
-    identity = identify(config.base)
-    base = _Base(identity, load_tokenizer(identity.directory))
-    data = prepare_training_data(config.data, base.tokenizer)
+    identity = identify(config.base) if base is None else base.identity
+    tokenizer = load_tokenizer(identity.directory) if base is None else base.tokenizer
+    data = prepare_training_data(config.data, tokenizer)  # before the slow part
+    if base is None:
+        run = config.run
+        base = SharedBase.load(
+            identity, device=run.device, dtype=run.precision, attention=run.attention
+        )
     label_model, specs = _build(config, base, data)
     METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
     origin: dict[str, JsonValue] = {}
@@ -148,19 +147,16 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
 
 
 def _build(
-    config: TrainConfig, base: _Base, data: TrainingData
+    config: TrainConfig, base: SharedBase, data: TrainingData
 ) -> tuple[LabelModel, tuple[TargetSpec, ...]]:
-    device = pick_device(config.run.device)
-    dtype = pick_dtype(config.run.precision, device)
-    model = load_model(base.identity.directory, device, dtype, config.run.attention)
-    found = find_targets(model, config.adapter.target_modules, config.adapter.layers)
+    found = find_targets(base.trunk.model, config.adapter.target_modules, config.adapter.layers)
     specs = label_rows_only(found, len(data.label_set.labels))
-    return LabelModel(Trunk(model), specs, data.label_set), specs
+    return LabelModel(base.trunk, specs, data.label_set), specs
 
 
 def _manifest(
     config: TrainConfig,
-    base: _Base,
+    base: SharedBase,
     data: TrainingData,
     specs: tuple[TargetSpec, ...],
     result: TrainingResult,
@@ -226,14 +222,12 @@ def _provenance(
 def _finish(
     staged: Path,
     config: TrainConfig,
-    base: _Base,
+    base: SharedBase,
     data: TrainingData,
     report: Any,
 ) -> Manifest:
     """Answer the held-out rows as the server would; return the manifest with policy and probes."""
-    predictor = Predictor.load(
-        staged, base=str(base.identity.directory), device=config.run.device, verify_golden=False
-    )
+    predictor = _served(staged, config, base, "auto")
     manifest = predictor.manifest
     provenance = dict(manifest.provenance)
     policies: tuple[Policy, ...] = ()
@@ -246,16 +240,23 @@ def _finish(
         policies = (default_policy(predictor, log_probs, labels, data.validation_name),)
         report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
     if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
-        predictor = Predictor.load(
-            staged,
-            base=str(base.identity.directory),
-            device=config.run.device,
-            dtype="float32",
-            verify_golden=False,
-        )
+        predictor = _served(staged, config, base, "float32")
     golden = _golden_probes(predictor, data.examples)
     return manifest.model_copy(
         update={"policies": policies, "golden": golden, "provenance": provenance}
+    )
+
+
+def _served(staged: Path, config: TrainConfig, base: SharedBase, dtype: str) -> Predictor:
+    """Return a predictor as a server would have it, on the base in memory where that is the one."""
+    if config.run.attention == "sdpa" and base.dtype is pick_dtype(dtype, base.device):
+        return Predictor.on(base, load_artifact(staged), verify_golden=False)
+    return Predictor.load(
+        staged,
+        base=str(base.identity.directory),
+        device=config.run.device,
+        dtype=dtype,
+        verify_golden=False,
     )
 
 

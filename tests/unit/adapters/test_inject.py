@@ -24,6 +24,13 @@ from dalorra_core.sampling.streams import uniforms
 from tests.support.tiny_models import FAMILIES, tiny_model
 
 
+def test_targets_are_those_of_the_model_whatever_is_adapted_already() -> None:
+    model = tiny_model()
+    plain = find_targets(model, ("q_proj", "o_proj", "lm_head"))
+    inject(model, find_targets(model, ("q_proj", "v_proj")), Binding())
+    assert find_targets(model, ("q_proj", "o_proj", "lm_head")) == plain
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_are_found_in_forward_order_with_their_shapes(family: str) -> None:
     model = tiny_model(family)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dalorra_core.adapters.flipout import FlippedNoise
 from dalorra_core.adapters.pack import Transform
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.trunk import Trunk
@@ -46,7 +47,7 @@ def pack_of(tiny: TinyAdapter, m: int) -> Any:
 
 
 def answers(tiny: TinyAdapter, m: int, *, short: bool) -> Tensor:
-    tiny.model.trunk.__dict__["_shortens"] = short
+    tiny.model.trunk.__dict__["shortens"] = short
     rows = random_rows((7, 1, 12, 4), seed=3)
     return tiny.model(batch_of(rows, num_labels=5), pack_of(tiny, m)).logits
 
@@ -122,8 +123,15 @@ def test_transforms_keep_every_position() -> None:
     tiny = tiny_adapter()
     pack = pack_of(tiny, 1)
     assert not needs_every_position([pack])
-    transform: Transform = _Doubling()
-    for name, expected in (("lm_head", False), (tiny.state.specs[0].name, True)):
+    noise, head, below = torch.zeros(1, 3, 32), "lm_head", tiny.state.specs[0].name
+    in_training = FlippedNoise(noise, ("a",), by_row=True)
+    cases: list[tuple[str, Transform, bool]] = [
+        (head, _Doubling(), False),
+        (below, _Doubling(), True),
+        (below, in_training, False),  # signs anew in every pass: any position is like any other
+        (below, replace(in_training, by_row=False), True),
+    ]
+    for name, transform, expected in cases:
         module = replace(pack.modules[name], before=transform)
         changed = replace(pack, modules={**pack.modules, name: module})
         assert needs_every_position([pack, changed]) is expected
