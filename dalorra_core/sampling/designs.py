@@ -54,7 +54,7 @@ def sample_uniforms(key: _Key, num_samples: int, shape: tuple[int, ...], design:
         design: How the samples lie to each other.
 
     Source:
-        docs/method.md, eq. (S1) and (S2).
+        docs/method.md, eq. (J1) and (J2).
 
     Example:
         >>> (4 * sample_uniforms(("a",), 4, (1,), "stratified")).long().flatten().sort().values

@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
 )
 
 METHOD, CONFIG = METHODS["dalorra"], DalorraConfig()
-PACKS = 1500
+PACKS = 600
 M = 4
 
 
