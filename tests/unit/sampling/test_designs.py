@@ -146,6 +146,17 @@ def test_antithetic_samples_are_pairs_that_sum_to_one(num_samples: int) -> None:
     assert len(torch.unique(singles[:, 0])) == len(singles)
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.62, 0.91, 0.25])
+def test_the_variance_of_an_antithetic_gates_mean(keep: float) -> None:
+    n = 40_000
+    mean = (drawn("antithetic", 4, n) > 1 - keep).double().mean(0)
+    iid = keep * (1 - keep) / 4
+    expected = iid * (1 - min(keep, 1 - keep) / max(keep, 1 - keep))
+    fourth = (mean - keep).pow(4).mean()
+    error = float((fourth - expected**2).clamp(min=0) / n) ** 0.5
+    assert abs(float((mean - keep).square().mean()) - expected) <= 5 * error + 1e-15
+
+
 def test_antithetic_noise_is_opposite() -> None:
     eps = sample_normals(("eps",), 4, (1000,), "antithetic")
     torch.testing.assert_close(eps[1::2], -eps[::2])
