@@ -12,12 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "AdapterConfig",
     "DataConfig",
+    "Design",
     "MethodSettings",
     "OptimConfig",
     "PredictiveConfig",
     "RunConfig",
     "Settings",
 ]
+
+
+Design = Literal["iid", "stratified", "antithetic"]
+"""How the M samples of a prediction are drawn together; see ``sampling/designs.py``."""
 
 
 class Settings(BaseModel, frozen=True):
@@ -203,6 +208,9 @@ class PredictiveConfig(Settings, frozen=True):
         default=10, ge=1, le=256, description="M: posterior samples per answer."
     )
     seed: int = Field(default=0, ge=0, description="Picks the mask set.")
-    design: Literal["iid"] = Field(
-        default="iid", description="How the M samples are drawn together."
+    design: Design = Field(
+        default="iid",
+        description="How the M samples are drawn together: iid; stratified, one of them in every "
+        "M-th of each number's distribution; antithetic, pairs of opposites. The last two need a "
+        "method whose samples are drawn once for all tokens.",
     )

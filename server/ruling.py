@@ -208,15 +208,15 @@ def _risk_of_another_sampling(asked: RiskPolicy, card: AdapterCard) -> ApiError:
     return ApiError(
         "not_certified",
         f"no risk is certified for another sampling than adapter {card.name}'s own; leave out "
-        "num_samples, seed and estimator, or name a policy without a promise",
+        "num_samples, seed, estimator and design, or name a policy without a promise",
         errors=({"pointer": "#/policy/max_risk", "actual": asked.max_risk},),
     )
 
 
 def _changed(sampling: Sampling, defaults: Sampling) -> list[str]:
     if sampling.estimator != defaults.estimator:
-        return ["estimator"]  # the other two follow from it
-    names = ("num_samples", "seed")
+        return ["estimator"]  # the others follow from it
+    names = ("num_samples", "seed", "design")
     return [name for name in names if getattr(sampling, name) != getattr(defaults, name)]
 
 

@@ -14,7 +14,8 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
 
     Raises:
         ApiError: 422 when another number of samples is asked for than there are functions, or
-            more than fit into the memory that the engine grants.
+            more than fit into the memory that the engine grants, or a design that the adapter
+            cannot follow or that would have no effect.
     """
     estimator = request.estimator or card.defaults.estimator
     single = estimator == "mean_mask" or card.point_method
@@ -35,9 +36,22 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
             "take memory",
             errors=({"pointer": "#/num_samples", "limit": most, "actual": asked},),
         )
+    allowed = card.designs if there_are is None else (defaults.design,)
+    if request.design not in (None, *allowed):
+        why = (
+            f"method {card.method} of adapter {card.name} draws no other"
+            if there_are is None
+            else _why_fixed(card, single=single)
+        )
+        raise ApiError(
+            "invalid_request",
+            f"design must be {' or '.join(allowed)} or left out, got {request.design}: {why}",
+            errors=({"pointer": "#/design"},),
+        )
     return replace(
         defaults,
         estimator=estimator,
+        design=request.design or defaults.design,
         num_samples=there_are or asked or defaults.num_samples,
         # what is not drawn has no seed; leaving the default lets such rows share batches
         seed=defaults.seed if there_are or request.seed is None else request.seed,

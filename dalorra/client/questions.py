@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
         num_samples: Posterior samples that are averaged, at least 1.
         seed: Picks the set of samples.
         estimator: ``mean_mask`` is one deterministic pass.
+        design: How the samples are drawn together.
         truncate: Which side of a text to cut that is too long.
         top_k: How many labels ``Row.top`` shall have.
         include: ``samples`` and ``timings``.
@@ -65,6 +66,7 @@ class Options(TypedDict, total=False):
     num_samples: int
     seed: int
     estimator: Literal["monte_carlo", "mean_mask"]
+    design: Literal["iid", "stratified", "antithetic"]
     truncate: Literal["none", "start", "end"]
     top_k: int
     include: Sequence[Literal["samples", "timings"]]

@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from dalorra_core.config import DataConfig, Settings
+from dalorra_core.config import DataConfig, Design, Settings
 from dalorra_core.data.tasks import find_task
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods import METHODS
 from dalorra_core.training.settings import TrainConfig
 
 __all__ = ["Cell", "EvaluationSettings", "Grid", "Predictive", "cells", "read_grid"]
@@ -106,10 +107,14 @@ class _MethodEntry(_Groups, frozen=True):
 
 
 class Predictive(Settings, frozen=True):
-    """One way to answer: which estimator, with how many samples."""
+    """One way to answer: which estimator, with how many samples, drawn together how.
+
+    What it leaves out is the run's own.
+    """
 
     estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
     num_samples: int | None = Field(default=None, ge=1, le=256)
+    design: Design | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -118,14 +123,16 @@ class Predictive(Settings, frozen=True):
 
     @model_validator(mode="after")
     def _one_pass_has_no_samples(self) -> Self:
-        if self.estimator == "mean_mask" and self.num_samples is not None:
-            raise ValueError("num_samples is for monte_carlo; mean_mask is one pass")
+        for name in ("num_samples", "design"):
+            if self.estimator == "mean_mask" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for monte_carlo; mean_mask is one pass")
         return self
 
     @property
     def name(self) -> str:
-        """``monte_carlo``, ``mean_mask``, or ``monte_carlo_64`` where M is not the run's own."""
-        return self.estimator + ("" if self.num_samples is None else f"_{self.num_samples}")
+        """Such as ``monte_carlo``, ``mean_mask`` or ``monte_carlo_4_stratified``."""
+        own = (self.num_samples, self.design)
+        return "_".join([self.estimator, *(str(part) for part in own if part is not None)])
 
 
 class EvaluationSettings(Settings, frozen=True):
@@ -250,7 +257,8 @@ def cells(grid: Grid, data_root: Path, device: Literal["cpu", "cuda"]) -> list[C
         device: What the runs train and answer on.
 
     Raises:
-        ConfigError: A method's settings are wrong on a task; all faults are named.
+        ConfigError: A method's settings are wrong on a task, or it cannot follow the design of a
+            predictive; all faults are named.
     """
     found, faults = [], []
     methods = {label: _resolved(grid.methods, label) for label in grid.methods}
@@ -270,11 +278,26 @@ def cells(grid: Grid, data_root: Path, device: Literal["cpu", "cuda"]) -> list[C
                     where = f"methods.{label} on {entry.name}"
                     faults += [f"{where}: {text}" for text in _faults(error)]
                     continue
+                faults += _without_design(grid.evaluation.predictives, label, config)
                 others = grid.out_of_distribution.get(entry.name, ())
                 found.append(Cell(label, entry.name, seed, config, temperature, others))
     if faults:
         raise ConfigError(_sentence(f"grid {grid.name}", list(dict.fromkeys(faults))))
     return found
+
+
+def _without_design(
+    predictives: Sequence[Predictive], label: str, config: TrainConfig
+) -> list[str]:
+    """Return what is wrong with designs for a method; one that draws nothing needs none."""
+    method, faults = METHODS[config.method.name], []
+    for one in predictives:
+        if one.design is not None and method.draws_samples(config.method):
+            try:
+                method.check_design(config.method, one.design)
+            except ConfigError as error:
+                faults.append(f"methods.{label}, predictive {one.name}: {error}")
+    return faults
 
 
 def _config(values: dict[str, Any], task: str) -> TrainConfig:

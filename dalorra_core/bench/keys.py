@@ -311,6 +311,8 @@ def _wanted(
         "temperature_rows": temperature_rows,
         "resamples": evaluation.resamples,
     }
+    if predictive.design is not None:  # ids of before there were designs stay what they were
+        values["design"] = predictive.design
     return Wanted(_digest(values), name, predictive, temperature_rows is not None)
 
 

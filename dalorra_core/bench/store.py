@@ -87,7 +87,8 @@ class Evaluation(_Part):
     Attributes:
         id: See `Wanted`.
         set: ``in``, or the task whose rows are out of distribution.
-        predictive: ``monte_carlo``, ``mean_mask`` or ``monte_carlo_<M>``.
+        predictive: ``monte_carlo``, ``mean_mask``, ``monte_carlo_<M>``, with a design behind it
+            where the grid names one.
         num_samples: Functions that answered; 1 for a point method.
         tempered: Whether a temperature was fitted.
         temperature: It, else 1.

@@ -19,6 +19,7 @@ from dalorra_core.cli.console import errors_as_exit, note, row_progress
 from dalorra_core.cli.options import (
     AdapterArgument,
     BaseOption,
+    DesignOption,
     DeviceOption,
     DtypeOption,
     EstimatorOption,
@@ -58,6 +59,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     num_samples: SamplesOption = None,
     seed: SeedOption = None,
     estimator: EstimatorOption = "monte_carlo",
+    design: DesignOption = None,
     resamples: Annotated[
         int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0 leaves them out.")
     ] = 1000,
@@ -100,11 +102,13 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
 
     `dalorra evaluate adapters/clinc150 --data data/clinc150 --estimator mean_mask`
 
+    `dalorra evaluate adapters/clinc150 --data data/clinc150 -M 4 --design stratified`
+
     Exit status: 0 done, 1 the adapter or the data cannot be used, 2 wrong usage.
     """
     with errors_as_exit():
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
-        plan = plan_from(predictor, num_samples, seed, estimator)
+        plan = plan_from(predictor, num_samples, seed, estimator, design)
         rows = _rows(predictor, data, split, allow_calibration_rows=allow_calibration_rows)
         with row_progress("scoring", len(rows)) as advance:
             prediction = predictor.predict(rows, plan, on_progress=advance)
@@ -123,6 +127,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "num_samples": predictor.num_functions(plan),
             "seed": plan.seed,
             "estimator": plan.estimator,
+            "design": plan.design,
             "mask_set": predictor.mask_set(plan),
             "dtype": str(predictor.dtype).removeprefix("torch."),
             "temperature": predictor.temperature,

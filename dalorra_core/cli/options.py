@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from dalorra_core.config import Design
 from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.sampling.designs import DESIGNS
 
 __all__ = [
     "AdapterArgument",
     "BaseOption",
+    "DesignOption",
     "DeviceOption",
     "DtypeOption",
     "EstimatorOption",
@@ -50,22 +53,44 @@ EstimatorOption = Annotated[
         help="monte_carlo averages the samples' probabilities; mean_mask is one deterministic pass."
     ),
 ]
+DesignOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How the samples are drawn together: iid, stratified or antithetic [default: the "
+        "adapter's]."
+    ),
+]
 
 
 def plan_from(
-    predictor: Predictor, num_samples: int | None, seed: int | None, estimator: str
+    predictor: Predictor,
+    num_samples: int | None,
+    seed: int | None,
+    estimator: str,
+    design: str | None = None,
 ) -> SamplingPlan:
     """Return the adapter's default plan with what the user changed.
 
     Raises:
-        ConfigError: If the estimator is unknown.
+        ConfigError: If estimator or design is unknown, or the adapter cannot follow the design.
     """
     default = predictor.default_plan
     if estimator not in ("monte_carlo", "mean_mask"):
         raise ConfigError(f"estimator must be monte_carlo or mean_mask, got {estimator!r}")
+    if design is not None and estimator == "mean_mask":
+        raise ConfigError(f"design must be left out with mean_mask, got {design!r}")
+    found = default.design if design is None else _design(design)
+    predictor.method.check_design(predictor.manifest.method, found)
     return SamplingPlan(
         num_samples=default.num_samples if num_samples is None else num_samples,
         seed=default.seed if seed is None else seed,
         estimator="monte_carlo" if estimator == "monte_carlo" else "mean_mask",
-        design=default.design,
+        design=found,
     )
+
+
+def _design(text: str) -> Design:
+    for known in DESIGNS:
+        if text == known:
+            return known
+    raise ConfigError(f"design must be {' or '.join(DESIGNS)}, got {text!r}")

@@ -13,6 +13,7 @@ from dalorra_core.cli.console import errors_as_exit
 from dalorra_core.cli.options import (
     AdapterArgument,
     BaseOption,
+    DesignOption,
     DeviceOption,
     DtypeOption,
     EstimatorOption,
@@ -41,6 +42,7 @@ def predict_command(  # noqa: PLR0913, PLR0917  one parameter per option
     num_samples: SamplesOption = None,
     seed: SeedOption = None,
     estimator: EstimatorOption = "monte_carlo",
+    design: DesignOption = None,
     truncate: Annotated[
         str, typer.Option(help="Longer prompts: none refuses, start or end cuts there.")
     ] = "none",
@@ -55,8 +57,8 @@ def predict_command(  # noqa: PLR0913, PLR0917  one parameter per option
     expected entropy (aleatoric) and mutual information (epistemic estimate), all in nats. Point
     methods and `--estimator mean_mask` have no epistemic part: `null`.
 
-    The masks are fixed by adapter, seed and number of samples: the same question has the same
-    answer every time, alone or in a file, here or on the server.
+    The masks are fixed by adapter, seed, number of samples and design: the same question has the
+    same answer every time, alone or in a file, here or on the server.
 
     **Examples**
 
@@ -70,7 +72,7 @@ def predict_command(  # noqa: PLR0913, PLR0917  one parameter per option
         examples = _examples(text or [], input_file)
         cut = _truncation(truncate)
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
-        plan = plan_from(predictor, num_samples, seed, estimator)
+        plan = plan_from(predictor, num_samples, seed, estimator, design)
         rows = [predictor.encode(example, truncate=cut) for example in examples]
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             for answer in _answers(predictor, rows[start : start + _ROWS_AT_ONCE], plan):

@@ -36,7 +36,7 @@ from dalorra_core.methods.dalorra import (
     gates_of,
     prior_logits,
 )
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
+from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, every_design
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import gate_kl
 from dalorra_core.sampling.streams import normals
@@ -283,6 +283,7 @@ METHOD = Method(
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     num_train_samples=lambda config: config.num_train_samples,

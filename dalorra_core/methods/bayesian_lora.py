@@ -19,13 +19,20 @@ from torch import Tensor
 from dalorra_core.adapters.inject import TargetSpec
 from dalorra_core.adapters.pack import ModulePack, SamplePack
 from dalorra_core.adapters.state import AdapterState, Shapes, factor_shapes, init_factors
-from dalorra_core.config import MethodSettings, OptimConfig
+from dalorra_core.config import Design, MethodSettings, OptimConfig
 from dalorra_core.errors import ConfigError
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
+from dalorra_core.methods.method import (
+    Draw,
+    Method,
+    ParamGroup,
+    TrainingPoint,
+    every_design,
+    factors_and,
+)
 from dalorra_core.methods.row_flow import flow_size, init_flow, row_flow
 from dalorra_core.objectives.elbo import KlTerm, label_log_probs, mean_nll
 from dalorra_core.objectives.kl import normal_kl
-from dalorra_core.sampling.designs import iid_normals
+from dalorra_core.sampling.designs import sample_normals
 from dalorra_core.sampling.streams import normals
 
 __all__ = [
@@ -234,9 +241,14 @@ class _Noise:
 
 
 def factor_noise(
-    key: tuple[str | int, ...], num_samples: int, r: int, n: int, num_inducing: int
+    key: tuple[str | int, ...],
+    num_samples: int,
+    r: int,
+    n: int,
+    num_inducing: int,
+    design: Design = "iid",
 ) -> _Noise:
-    """Return the noise of M draws of one factor, one stream for each draw.
+    """Return the noise of M draws of one factor.
 
     Args:
         key: Name of the streams.
@@ -244,9 +256,10 @@ def factor_noise(
         r: Rows of the factor.
         n: Its columns.
         num_inducing: R.
+        design: How the draws are made together.
     """
     sizes = (num_inducing * num_inducing, r * num_inducing, r * n)
-    flat = iid_normals(key, num_samples, (sum(sizes),)).double()
+    flat = sample_normals(key, num_samples, (sum(sizes),), design).double()
     wide, narrow, weights = flat.split(sizes, dim=1)
     m = num_samples
     return _Noise(
@@ -364,7 +377,8 @@ def _base_weights(state: AdapterState, config: BayesianLoraConfig, draw: Draw | 
     mean = state.params[MEAN].double()
     if draw is None:
         return mean.unsqueeze(0)
-    noise = iid_normals((*draw.key, "V"), draw.num_samples, tuple(mean.shape))
+    shape = tuple(mean.shape)
+    noise = sample_normals((*draw.key, "V"), draw.num_samples, shape, draw.design)
     return mean + _spread(state, config) * noise.double().to(mean.device)
 
 
@@ -378,6 +392,11 @@ def _through_flow(
     return torch.stack([x for x, _ in moved], 1), torch.stack([d.sum(-1) for _, d in moved], 1)
 
 
+def _noise_of(factor: _Factor, r: int, config: BayesianLoraConfig, draw: Draw) -> _Noise:
+    key, inducing = (*draw.key, "W", factor.spec.name, factor.which), config.num_inducing
+    return factor_noise(key, draw.num_samples, r, factor.width, inducing, draw.design)
+
+
 def _pack(state: AdapterState, config: BayesianLoraConfig, draw: Draw | None) -> SamplePack:
     """Return the pack of a draw; None stands for the mean, without noise."""
     v, _ = _through_flow(state, config, _base_weights(state, config, draw))
@@ -389,8 +408,7 @@ def _pack(state: AdapterState, config: BayesianLoraConfig, draw: Draw | None) ->
         wide = whitened(state.params[factor.wide], diagonals[1])
         noise = None
         if draw is not None:
-            key = (*draw.key, "W", factor.spec.name, factor.which)
-            found = factor_noise(key, draw.num_samples, r, factor.width, config.num_inducing)
+            found = _noise_of(factor, r, config, draw)
             device = v.device
             noise = _Noise(found.weights.to(device), found.narrow.to(device), found.wide.to(device))
         drawn = factor_samples(narrow, wide, v[:, f], lambdas[f], noise)
@@ -482,6 +500,7 @@ METHOD = Method(
     train_pack=_pack,
     predict_pack=_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     kl_terms=_kl_terms,
     data_loss=_data_loss,
     param_groups=_param_groups,

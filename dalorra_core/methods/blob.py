@@ -20,7 +20,7 @@ from dalorra_core.config import OptimConfig
 from dalorra_core.methods.kl_bursts import KlBurstSettings, burst_factor
 from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint
 from dalorra_core.methods.mle import plain_pack
-from dalorra_core.methods.weight_noise import WeightNoiseSettings, noisy_packs
+from dalorra_core.methods.weight_noise import WeightNoiseSettings, designs_of_noise, noisy_packs
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import normal_kl
 from dalorra_core.sampling.streams import uniforms
@@ -159,6 +159,7 @@ METHOD = Method(
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=plain_pack,
+    designs=designs_of_noise,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     divergence_apart=True,

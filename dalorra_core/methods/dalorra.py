@@ -22,10 +22,17 @@ from dalorra_core.adapters.state import (
     module_packs,
 )
 from dalorra_core.config import MethodSettings, OptimConfig
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
+from dalorra_core.methods.method import (
+    Draw,
+    Method,
+    ParamGroup,
+    TrainingPoint,
+    every_design,
+    factors_and,
+)
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
-from dalorra_core.sampling.designs import iid_uniforms
+from dalorra_core.sampling.designs import sample_uniforms
 
 __all__ = [
     "METHOD",
@@ -175,7 +182,8 @@ def kl_factor(config: GateSettings, point: TrainingPoint) -> float:
 
 def gate_uniforms(state: AdapterState, draw: Draw) -> Tensor:
     """Return the uniforms behind the gates, (M, L, r) in float64 on the CPU."""
-    return iid_uniforms((*draw.key, "z"), draw.num_samples, len(state.specs), state.r)
+    shape = (len(state.specs), state.r)
+    return sample_uniforms((*draw.key, "z"), draw.num_samples, shape, draw.design)
 
 
 def _shapes(specs: Sequence[TargetSpec], r: int, _: GateDrawSettings) -> Shapes:
@@ -245,6 +253,7 @@ METHOD = Method(
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     num_train_samples=lambda config: config.num_train_samples,

@@ -35,7 +35,14 @@ from dalorra_core.methods.dalorra import (
     kl_factor,
     prior_logits,
 )
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
+from dalorra_core.methods.method import (
+    Draw,
+    Method,
+    ParamGroup,
+    TrainingPoint,
+    every_design,
+    factors_and,
+)
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl
 from dalorra_core.sampling.designs import iid_uniforms, spread_uniforms
@@ -230,6 +237,7 @@ METHOD = Method(
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     num_train_samples=lambda config: config.num_train_samples,

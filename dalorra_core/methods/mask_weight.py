@@ -33,7 +33,12 @@ from dalorra_core.methods.dalorra import (
     training_gates,
 )
 from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
-from dalorra_core.methods.weight_noise import NoiseKind, WeightNoiseSettings, noisy_packs
+from dalorra_core.methods.weight_noise import (
+    NoiseKind,
+    WeightNoiseSettings,
+    designs_of_noise,
+    noisy_packs,
+)
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import mask_kl, normal_kl
 
@@ -183,6 +188,7 @@ METHOD = Method(
     train_pack=_train_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
+    designs=designs_of_noise,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     num_train_samples=lambda config: config.num_train_samples,

@@ -10,8 +10,10 @@ from dalorra_core.adapters.gradients import LabelGradients
 from dalorra_core.adapters.inject import TargetSpec
 from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState, Shapes, factor_shapes
-from dalorra_core.config import MethodSettings, OptimConfig
+from dalorra_core.config import Design, MethodSettings, OptimConfig
+from dalorra_core.errors import ConfigError
 from dalorra_core.objectives.elbo import KlTerm, mean_nll
+from dalorra_core.sampling.designs import DESIGNS
 
 __all__ = [
     "Draw",
@@ -19,6 +21,7 @@ __all__ = [
     "Method",
     "ParamGroup",
     "TrainingPoint",
+    "every_design",
     "factors_and",
     "method_by_name",
 ]
@@ -33,11 +36,13 @@ class Draw:
         num_samples: M.
         part: In training, which micro-batch of which process; the samples are the same for all of
             them, noise that each row has for itself is not.
+        design: How the samples are drawn together; training leaves it at iid.
     """
 
     key: tuple[str | int, ...]
     num_samples: int
     part: int = 0
+    design: Design = "iid"
 
     @property
     def row_key(self) -> tuple[str | int, ...]:
@@ -121,6 +126,15 @@ class FitContext:
     report: Callable[[str], None]
 
 
+def every_design(_: Any) -> tuple[Design, ...]:
+    """Return all designs: for methods whose draws are numbers that a whole sample shares."""
+    return DESIGNS
+
+
+def _independent_samples(_: Any) -> tuple[Design, ...]:
+    return ("iid",)
+
+
 def _no_terms(*_: Any) -> Mapping[str, KlTerm]:
     return {}
 
@@ -151,6 +165,8 @@ class Method:
         train_pack: (state, config, draw) -> pack of the S training samples, with gradients.
         predict_pack: (state, config, draw) -> pack of M posterior samples.
         mean_pack: (state, config) -> the one deterministic function at the posterior mean.
+        designs: config -> the designs that ``predict_pack`` follows; a prediction by another one
+            is refused.
         shapes: (specs, r, config) -> shape of every stored tensor; allocates nothing, because what
             it says is compared with files of unknown origin before anything is made of that size.
         kl_terms: (state, config, point, pack) -> divergences with their factors in the loss; the
@@ -186,6 +202,7 @@ class Method:
     train_pack: Callable[[AdapterState, Any, Draw], SamplePack]
     predict_pack: Callable[[AdapterState, Any, Draw], SamplePack]
     mean_pack: Callable[[AdapterState, Any], SamplePack]
+    designs: Callable[[Any], tuple[Design, ...]] = _independent_samples
     shapes: Callable[[Sequence[TargetSpec], int, Any], Shapes] = _plain_factors
     kl_terms: Callable[[AdapterState, Any, TrainingPoint, SamplePack], Mapping[str, KlTerm]] = (
         _no_terms
@@ -214,3 +231,25 @@ class Method:
     def name(self) -> str:
         """Name in configuration files and manifests."""
         return str(self.settings.model_fields["name"].default)
+
+    def draws_samples(self, config: MethodSettings) -> bool:
+        """Return whether M functions are drawn, so that M, a seed and a design mean something."""
+        drawn = self.stochastic and self.num_functions(config) is None
+        return drawn and not self.one_answer(config)
+
+    def check_design(self, config: MethodSettings, design: Design) -> None:
+        """Refuse a design that the method's draws cannot follow.
+
+        Args:
+            config: Settings of this method.
+            design: How samples are to be drawn together.
+
+        Raises:
+            ConfigError: Naming the method, the design and what is allowed.
+        """
+        allowed = self.designs(config)
+        if design not in allowed:
+            raise ConfigError(
+                f"design must be {' or '.join(allowed)} for method {self.name} with these "
+                f"settings, got {design}"
+            )

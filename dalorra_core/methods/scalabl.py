@@ -24,10 +24,17 @@ from dalorra_core.adapters.state import (
 from dalorra_core.config import OptimConfig
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods.kl_bursts import KlBurstSettings, burst_factor
-from dalorra_core.methods.method import Draw, Method, ParamGroup, TrainingPoint, factors_and
+from dalorra_core.methods.method import (
+    Draw,
+    Method,
+    ParamGroup,
+    TrainingPoint,
+    every_design,
+    factors_and,
+)
 from dalorra_core.objectives.elbo import KlTerm
 from dalorra_core.objectives.kl import normal_kl, normal_kl_reversed
-from dalorra_core.sampling.designs import iid_normals
+from dalorra_core.sampling.designs import sample_normals
 from dalorra_core.sampling.streams import uniforms
 
 __all__ = ["LOG_SCALE", "LOG_SIGMA", "METHOD", "ScalablConfig"]
@@ -94,7 +101,8 @@ def _init(
 
 def _pack(state: AdapterState, _: ScalablConfig, draw: Draw) -> SamplePack:
     scale, sigma = state.params[LOG_SCALE].exp(), state.params[LOG_SIGMA].exp()
-    eps = iid_normals((*draw.key, "z"), draw.num_samples, (len(state.specs), state.r))
+    shape = (len(state.specs), state.r)
+    eps = sample_normals((*draw.key, "z"), draw.num_samples, shape, draw.design)
     z = scale + sigma * eps.to(sigma.device)  # (M, L, r)
     return SamplePack(draw.num_samples, state.scaling, module_packs(state, z))
 
@@ -144,6 +152,7 @@ METHOD = Method(
     train_pack=_pack,
     predict_pack=_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     kl_terms=_kl_terms,
     param_groups=_param_groups,
     divergence_apart=True,

@@ -19,9 +19,15 @@ from dalorra_core.methods import dalorra
 from dalorra_core.methods.blob import BlobConfig
 from dalorra_core.methods.dalorra import PHI, DalorraConfig
 from dalorra_core.methods.map_estimate import MapConfig
-from dalorra_core.methods.method import Draw, FitContext, Method, method_by_name
+from dalorra_core.methods.method import (
+    Draw,
+    FitContext,
+    Method,
+    every_design,
+    method_by_name,
+)
 from dalorra_core.methods.mle import MleConfig, init_plain, plain_pack, the_plain_pack
-from dalorra_core.sampling.designs import iid_normals
+from dalorra_core.sampling.designs import sample_normals
 from dalorra_core.sampling.streams import permutation
 
 __all__ = ["METHOD", "SIGMA", "TfbConfig", "search_sigma", "span_of"]
@@ -166,7 +172,8 @@ def _noisy(state: AdapterState, config: TfbConfig, draw: Draw, sigma: float) -> 
         core = (basis.T @ up).unsqueeze(0)  # (1, r, r)
         if module.z is not None:
             core = core * module.z.to(up.device).unsqueeze(1)  # (M, r, r)
-        eps = iid_normals((*draw.key, "tfb", spec.name), draw.num_samples, (state.r, spec.d_in))
+        key, shape = (*draw.key, "tfb", spec.name), (state.r, spec.d_in)
+        eps = sample_normals(key, draw.num_samples, shape, draw.design)
         noisy = core @ down + sigma * eps.to(up.device)  # (M, r, d_in)
         modules[spec.name] = ModulePack(lora_A=noisy, lora_B=basis.unsqueeze(0))
     return SamplePack(draw.num_samples, state.scaling, modules)
@@ -272,6 +279,7 @@ METHOD = Method(
     train_pack=the_plain_pack,
     predict_pack=_predict_pack,
     mean_pack=_mean_pack,
+    designs=every_design,
     shapes=_shapes,
     trained_as=lambda config: config.trained_as,
     fit=_fit,

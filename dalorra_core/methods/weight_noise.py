@@ -11,11 +11,11 @@ from dalorra_core.adapters.flipout import FlippedNoise
 from dalorra_core.adapters.inject import TargetSpec
 from dalorra_core.adapters.pack import ModulePack
 from dalorra_core.adapters.state import AdapterState, module_packs
-from dalorra_core.config import MethodSettings
+from dalorra_core.config import Design, MethodSettings
 from dalorra_core.methods.method import Draw
-from dalorra_core.sampling.designs import iid_normals
+from dalorra_core.sampling.designs import DESIGNS, sample_normals
 
-__all__ = ["NoiseKind", "WeightNoiseSettings", "noisy_packs"]
+__all__ = ["NoiseKind", "WeightNoiseSettings", "designs_of_noise", "noisy_packs"]
 
 NoiseKind = Literal["flipout", "weight_sample"]
 """Signs of its own for every token, or one draw of the weights for all of them."""
@@ -34,6 +34,15 @@ class WeightNoiseSettings(MethodSettings, frozen=True):
         description="Noise on A at prediction: weight_sample makes each sample one function; "
         "flipout gives each position signs of its own, as the published code does.",
     )
+
+
+def designs_of_noise(config: WeightNoiseSettings) -> tuple[Design, ...]:
+    """Return the designs of samples with such noise.
+
+    Flipout leaves only iid: the signs of a position undo what a sample's noise has to do with that
+    of the others.
+    """
+    return ("iid",) if config.test_noise == "flipout" else DESIGNS
 
 
 def noisy_packs(
@@ -59,12 +68,12 @@ def noisy_packs(
     packs: dict[str, ModulePack] = {}
     for spec in state.specs:
         module, spread = plain[spec.name], sigma(spec)
-        shape = (state.r, spec.d_in)
-        eps = iid_normals((*draw.key, "A", spec.name), draw.num_samples, shape)
+        key, shape = (*draw.key, "A", spec.name), (state.r, spec.d_in)
+        eps = sample_normals(key, draw.num_samples, shape, draw.design)
         noise = (spread * eps.to(spread.device)).to(module.lora_A.device)  # (M, r, d_in)
         if kind == "flipout":
-            key = (*(draw.row_key if training else draw.key), "signs", spec.name)
-            packs[spec.name] = replace(module, beside=FlippedNoise(noise, key, by_row=training))
+            signs = (*(draw.row_key if training else draw.key), "signs", spec.name)
+            packs[spec.name] = replace(module, beside=FlippedNoise(noise, signs, by_row=training))
         else:
             packs[spec.name] = replace(module, lora_A=module.lora_A + noise)
     return packs

@@ -18,6 +18,12 @@ from dalorra_core.metrics.calibration import (
     nll,
     reliability_bins,
 )
+from dalorra_core.metrics.packs import (
+    PackInformation,
+    pack_information,
+    pack_mean_variance,
+    pack_variance,
+)
 from dalorra_core.metrics.paired import (
     PairedDifference,
     RowDraw,
@@ -70,6 +76,7 @@ __all__ = [
     "Detection",
     "Metric",
     "NoiseFloor",
+    "PackInformation",
     "PairedDifference",
     "ReliabilityBins",
     "RiskCoverageCurve",
@@ -102,6 +109,9 @@ __all__ = [
     "noise_floors",
     "normalized_entropy",
     "one_by_one",
+    "pack_information",
+    "pack_mean_variance",
+    "pack_variance",
     "paired_difference",
     "possible_labels",
     "predictive_entropy",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.config import Design
 from dalorra_core.errors import ConfigError
 
 __all__ = [
@@ -43,13 +44,13 @@ class SamplingPlan:
         seed: Picks the sample set; without effect in the same cases.
         estimator: ``monte_carlo`` averages the probabilities of M samples; ``mean_mask`` is the one
             deterministic pass at the posterior mean, which has no epistemic part.
-        design: How the samples are drawn together.
+        design: How the samples are drawn together; no choice where there is nothing to draw.
     """
 
     num_samples: int = 10
     seed: int = 0
     estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
-    design: Literal["iid"] = "iid"
+    design: Design = "iid"
 
     def __post_init__(self) -> None:
         """Refuse an empty mixture."""

@@ -14,6 +14,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
+from dalorra_core.config import Design
 from dalorra_core.data.encode import EncodedExample, Truncation, encode
 from dalorra_core.data.examples import Example
 from dalorra_core.data.labels import LabelSet
@@ -172,6 +173,11 @@ class Predictor:
         return self.method.num_functions(self.manifest.method)
 
     @property
+    def designs(self) -> tuple[Design, ...]:
+        """How its samples may be drawn together; ``iid`` alone where nothing is drawn."""
+        return self.method.designs(self.manifest.method)
+
+    @property
     def answers_alone(self) -> bool:
         """True where rows cannot share a forward pass with those of other adapters."""
         gaussian = self.method.logit_covariance is not None
@@ -231,18 +237,26 @@ class Predictor:
         return effective.num_samples if effective.estimator == "monte_carlo" else 1
 
     def _effective(self, plan: SamplingPlan) -> SamplingPlan:
-        """Some methods have one function, or a certain number of them, whatever was asked for."""
-        if plan.estimator == "mean_mask" or self.point_method:
-            return SamplingPlan(1, 0, "mean_mask", plan.design)
+        """Some methods have one function, or a certain number of them, whatever was asked for.
+
+        Raises:
+            ConfigError: The method's samples cannot be drawn by the plan's design.
+        """
+        if plan.estimator == "mean_mask":
+            return SamplingPlan(1, 0, "mean_mask")
+        self.method.check_design(self.manifest.method, plan.design)
+        if self.point_method:
+            return SamplingPlan(1, 0, "mean_mask")
         if self.fixed_functions is not None:
-            return SamplingPlan(self.fixed_functions, 0, plan.estimator, plan.design)
+            return SamplingPlan(self.fixed_functions, 0, plan.estimator)
         return plan
 
     def pack(self, plan: SamplingPlan) -> SamplePack:
         """Return the sample pack of ``plan``, drawn once and kept (a few recent ones).
 
         Raises:
-            ConfigError: It would take more than ``MOST_PACK_BYTES``.
+            ConfigError: It would take more than ``MOST_PACK_BYTES``, or the method cannot follow
+                its design.
         """
         effective = self._effective(plan)
         if effective.estimator == "monte_carlo":
@@ -279,7 +293,8 @@ class Predictor:
         if plan.estimator == "mean_mask":
             found = self.method.mean_pack(self._state, config)
         else:
-            draw = Draw((self.artifact.sha256, plan.seed), plan.num_samples)
+            key = (self.artifact.sha256, plan.seed)
+            draw = Draw(key, plan.num_samples, design=plan.design)
             found = self.method.predict_pack(self._state, config, draw)
         return found.to(self.device, torch.float32)
 
@@ -330,6 +345,9 @@ class Predictor:
             on_progress: Called with the number of rows finished since the last call.
             wanted: Asked before every forward pass whether somebody still waits for the row at
                 this place; see ``score_together``.
+
+        Raises:
+            ConfigError: See ``pack``.
         """
         score = self._scorer(self._effective(plan if plan is not None else self.default_plan))
         stems = None if self.deterministic else kept_stem_states(self.model, rows)

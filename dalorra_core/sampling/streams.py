@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-__all__ = ["normals", "permutation", "stream_seed", "uniforms"]
+__all__ = ["LARGEST", "normals", "permutation", "stream_seed", "uniforms"]
 
 _MANTISSA_BITS = 53
-_LARGEST = 1.0 - 0.5**_MANTISSA_BITS
+
+LARGEST = 1.0 - 0.5**_MANTISSA_BITS
+"""The largest number below 1, and so of all uniforms."""
 
 
 def _bit_generator(key: tuple[str | int, ...]) -> np.random.Philox:
@@ -39,7 +41,7 @@ def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
     """
     words = np.atleast_1d(_bit_generator(key).random_raw(size))
     counts = (words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64)
-    return np.minimum((counts + 0.5) / 2**_MANTISSA_BITS, _LARGEST)
+    return np.minimum((counts + 0.5) / 2**_MANTISSA_BITS, LARGEST)
 
 
 def normals(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:

@@ -299,7 +299,8 @@ class _Run:
         method, predictive = self.module.method, self.config.predictive
         packs = {"mean": method.mean_pack(self.module.state, self.config.method)}
         if method.stochastic:
-            draw = Draw(("evaluation", predictive.seed), predictive.num_samples)
+            key, design = ("evaluation", predictive.seed), predictive.design
+            draw = Draw(key, predictive.num_samples, design=design)
             packs["mc"] = method.predict_pack(self.module.state, self.config.method, draw)
         device = self.accelerator.device
         stems = kept_stem_states(self.module.label_model, rows)

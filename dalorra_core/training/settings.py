@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from dalorra_core.config import (
     AdapterConfig,
@@ -18,7 +18,7 @@ from dalorra_core.config import (
     Settings,
 )
 from dalorra_core.errors import ConfigError
-from dalorra_core.methods import MethodConfig
+from dalorra_core.methods import METHODS, MethodConfig
 from dalorra_core.methods.dalorra import DalorraConfig
 
 __all__ = ["TrainConfig", "load_config"]
@@ -47,6 +47,19 @@ class TrainConfig(Settings, frozen=True):
             return {"name": value}
         if isinstance(value, dict) and "name" not in value:
             return {"name": "dalorra", **value}  # as when there is no group ``method`` at all
+        return value
+
+    @field_validator("predictive")
+    @classmethod
+    def _method_follows_design(
+        cls, value: PredictiveConfig, info: ValidationInfo
+    ) -> PredictiveConfig:
+        method = info.data.get("method")  # absent where it is wrong itself
+        if method is not None:
+            try:
+                METHODS[method.name].check_design(method, value.design)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return value
 
 

@@ -71,6 +71,7 @@ def adapter_card(predictor: Predictor, selftest_error: float) -> AdapterCard:
         threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
         fixed_functions=None if point else predictor.fixed_functions,
         max_num_samples=predictor.max_num_samples,
+        designs=predictor.designs,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

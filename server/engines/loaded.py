@@ -10,10 +10,12 @@ import torch
 from dalorra_core.artifact.signing import TrustedKeys, verify_signature
 from dalorra_core.artifact.store import Artifact, load_artifact
 from dalorra_core.data.encode import EncodedExample
+from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.plan import SamplingPlan
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.shared_base import SharedBase
+from dalorra_core.sampling.designs import DESIGNS
 from server.engines.answers import Calibrated
 from server.engines.cards import adapter_card
 from server.engines.certify_rows import CertifyRows
@@ -128,11 +130,11 @@ def plan_of(sampling: Sampling) -> SamplingPlan:
     """Return the core's name for a sampling.
 
     Raises:
-        ValueError: The design is unknown.
+        ConfigError: The design is unknown, as that of a foreign prediction id may be.
     """
-    if sampling.design != "iid":
-        raise ValueError(f"design must be iid, got {sampling.design}")
-    return SamplingPlan(sampling.num_samples, sampling.seed, sampling.estimator, "iid")
+    if sampling.design not in DESIGNS:
+        raise ConfigError(f"design must be {' or '.join(DESIGNS)}, got {sampling.design}")
+    return SamplingPlan(sampling.num_samples, sampling.seed, sampling.estimator, sampling.design)
 
 
 def _calibrated(predictor: Predictor, card: AdapterCard) -> Calibrated:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.ports.policies import Policy
-from server.ports.rows import Sampling
+from server.ports.rows import Design, Sampling
 
 __all__ = [
     "AdapterCard",
@@ -134,6 +134,7 @@ class AdapterCard:
         fixed_functions: How many functions there are, such as the members of an ensemble; None when
             any number of them may be sampled, and for point methods.
         max_num_samples: The most samples whose memory the engine grants; None when they take none.
+        designs: How its samples may be drawn together.
     """
 
     name: str
@@ -163,6 +164,7 @@ class AdapterCard:
     load_id: str = ""
     fixed_functions: int | None = None
     max_num_samples: int | None = None
+    designs: tuple[Design, ...] = ("iid",)
 
     @property
     def key(self) -> str:

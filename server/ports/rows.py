@@ -10,6 +10,7 @@ __all__ = [
     "BatchScores",
     "ChoiceOption",
     "ChoiceQuestion",
+    "Design",
     "EncodedRow",
     "Estimator",
     "Priority",
@@ -22,6 +23,9 @@ __all__ = [
 ]
 
 Estimator = Literal["monte_carlo", "mean_mask"]
+
+Design = Literal["iid", "stratified", "antithetic"]
+"""How the M samples of an answer are drawn together."""
 
 Truncate = Literal["none", "start", "end"]
 
@@ -74,7 +78,7 @@ class Sampling:
     num_samples: int = 10
     seed: int = 0
     estimator: Estimator = "monte_carlo"
-    design: str = "iid"
+    design: Design = "iid"
 
     @property
     def passes(self) -> int:

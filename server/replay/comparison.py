@@ -6,7 +6,7 @@ from typing import Any, cast
 from server.claims import MANIFEST_CHARS
 from server.decision import Verdict, decide, strictest
 from server.feedback import PredictionClaim, answer_digest
-from server.ports import AdapterCard, Estimator, Policy, RowScores, Sampling
+from server.ports import AdapterCard, Design, Estimator, Policy, RowScores, Sampling
 from server.ruling import INLINE
 
 __all__ = ["TOLERANCE", "Comparison", "Line", "compare", "sampling_of"]
@@ -85,7 +85,7 @@ def sampling_of(claim: PredictionClaim) -> Sampling:
         num_samples=claim.num_samples,
         seed=claim.seed,
         estimator=cast("Estimator", claim.estimator),
-        design=claim.reproduction.design if claim.reproduction else "iid",
+        design=cast("Design", claim.reproduction.design) if claim.reproduction else "iid",
     )
 
 

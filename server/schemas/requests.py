@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from server.ports import ChoiceOption, ChoiceQuestion, Question, TextQuestion
+from server.ports import ChoiceOption, ChoiceQuestion, Design, Question, TextQuestion
 from server.schemas.fields import LIST_TAG, STRING_TAG, Clean, Name, Strict, Text
 from server.schemas.policies import FORM_TAGS, PolicyForm
 from server.schemas.vllm import VllmFields
@@ -165,6 +165,14 @@ class ClassifyRequest(VllmFields):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
         description="Picks the set of posterior samples. Same seed and revision, same answer.",
+    )
+    design: Design | None = Field(
+        default=None,
+        description=(
+            "How the M samples are drawn together; the adapter's own if left out. `iid`: each by "
+            "itself. `stratified`: every gate is on in the same number of them, to within one, for "
+            "less error at a small M. `antithetic`: pairs of opposites. Not every method has all."
+        ),
     )
     policy: PolicyForm | None = Field(
         default=None,

@@ -333,6 +333,18 @@ SCHEMA = [
         pointer="#/num_samples",
         says="one deterministic pass",
     ),
+    Bad(
+        "a design of one pass",
+        {"input": "x", "estimator": "mean_mask", "design": "stratified"},
+        pointer="#/design",
+        says="design must be iid or left out, got stratified: the mean_mask estimator is one",
+    ),
+    Bad(
+        "no such design",
+        {"input": "x", "design": "sobol"},
+        pointer="#/design",
+        says="'iid', 'stratified' or 'antithetic'",
+    ),
 ]
 
 
@@ -578,6 +590,23 @@ async def test_another_number_of_samples_than_an_ensemble_has_members() -> None:
         assert "deterministic pass" in check_problem(response, 422, "invalid_request")["detail"]
         assert (await api.classify({**one_pass, "num_samples": 1})).status_code == 200
         await api.check_healthy()
+
+
+@async_test
+async def test_a_design_that_an_adapter_cannot_follow() -> None:
+    card = replace(TOPICS, method="mc_dropout", designs=("iid",))
+    for other, why in (
+        (card, "method mc_dropout of adapter topics draws no other"),
+        (TOPICS_POINT, "does not sample (method mle)"),
+        (TOPICS_ENSEMBLE, "has 3 functions (method ensemble)"),
+    ):
+        async with running(FakeEngine(other)) as api:
+            response = await api.classify({"input": "x", "design": "stratified"})
+            body = check_problem(response, 422, "invalid_request")
+            assert "design must be iid or left out, got stratified: " in body["detail"]
+            assert why in body["detail"]
+            assert body["errors"][0]["pointer"] == "#/design"
+            assert (await api.classify({"input": "x", "design": "iid"})).status_code == 200
 
 
 @async_test

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,7 +210,12 @@ async def test_requests_share_a_batch_whatever_their_seed_but_not_with_other_sam
 
 @pytest.mark.parametrize(
     ("override", "mask_set"),
-    [({"num_samples": 8}, "ms_8_0"), ({"seed": 3}, "ms_4_3"), ({"estimator": "mean_mask"}, None)],
+    [
+        ({"num_samples": 8}, "ms_8_0"),
+        ({"seed": 3}, "ms_4_3"),
+        ({"estimator": "mean_mask"}, None),
+        ({"design": "stratified"}, "ms_4_0_stratified"),
+    ],
 )
 @async_test
 async def test_an_override_is_not_calibrated_and_not_in_the_drift_metrics(
@@ -232,9 +238,26 @@ async def test_an_override_is_not_calibrated_and_not_in_the_drift_metrics(
 async def test_the_defaults_said_aloud_are_no_override() -> None:
     async with running() as api:
         asked = {"input": "x", "num_samples": 4, "seed": 0, "estimator": "monte_carlo"}
+        asked |= {"design": "iid"}
         body = (await api.classify(asked)).json()
         assert body["data"][0]["calibrated"]
         assert await api.metric("confidence_ratio_count", **REVISION) == 1
+
+
+@async_test
+async def test_a_design_is_sampled_shown_and_may_be_the_adapters_own() -> None:
+    own = replace(TOPICS, defaults=replace(TOPICS.defaults, design="stratified"))
+    async with running(FakeEngine(own)) as api:
+        default = (await api.classify({"input": "a sure thing"})).json()
+        assert default["sampling"]["design"] == "stratified"
+        assert default["data"][0]["calibrated"]
+        other = (await api.classify({"input": "x", "design": "antithetic"})).json()
+        assert other["sampling"]["design"] == "antithetic"
+        assert not other["data"][0]["calibrated"]
+        one_pass = {"input": "x", "estimator": "mean_mask"}
+        assert (await api.classify({**one_pass, "design": "stratified"})).status_code == 200
+        card = (await api.client.get("/v1/models/topics")).json()
+        assert card["sampling"]["design"] == "stratified"
 
 
 @async_test

@@ -25,7 +25,12 @@ from tests.support.fake_engine import (
 
 SURE, UNCLEAR, LOST = "a sure thing", "unclear", "lost words"
 TEXTS = [SURE, UNCLEAR, LOST]
-OVERRIDES = [{"num_samples": 8}, {"seed": 3}, {"estimator": "mean_mask"}]
+OVERRIDES = [
+    {"num_samples": 8},
+    {"seed": 3},
+    {"estimator": "mean_mask"},
+    {"design": "stratified"},
+]
 RISK_5 = TOPICS_CERTIFIED.policies[0]
 
 
@@ -254,7 +259,7 @@ async def test_a_target_risk_needs_the_sampling_it_was_certified_with(
 ) -> None:
     async with running(certified()) as api:
         problem = await refused(api, {"max_risk": 0.05}, **override)
-        assert "leave out num_samples, seed and estimator" in problem["detail"]
+        assert "leave out num_samples, seed, estimator and design" in problem["detail"]
 
 
 # -- limits of the request's own ----------------------------------------------------------------

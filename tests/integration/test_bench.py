@@ -267,7 +267,8 @@ def test_what_is_added_to_a_finished_run_is_scored_without_training(
 ) -> None:
     grid = tiny_grid(base)
     grid["methods"]["DALorRA+T"] = {"of": "DALorRA", "temperature": True}
-    grid["evaluation"]["predictives"].append({"num_samples": 5})
+    added = [{"num_samples": 5}, {"num_samples": 3, "design": "stratified"}]
+    grid["evaluation"]["predictives"] += added
     before = by_label(copied)
     ended = bench(root, copied, grid)
     assert ended.exit_code == 0, ended.output
@@ -276,7 +277,12 @@ def test_what_is_added_to_a_finished_run_is_scored_without_training(
     for label in before:
         old = {e.id: e for e in before[label].evaluations}
         assert {e.id: e for e in after[label].evaluations if e.id in old} == old
-    assert [e.num_samples for e in after["DALorRA+T"].evaluations] == [3, 1, 5] * 2
+    assert [e.num_samples for e in after["DALorRA+T"].evaluations] == [3, 1, 5, 3] * 2
+    assert after["DALorRA"].evaluations[3].predictive == "monte_carlo_3_stratified"
+    iid, *_, stratified = (e.metrics["nll"] for e in after["DALorRA"].evaluations[:4])
+    assert iid != stratified
+    # one function answers whatever is asked for, as for num_samples
+    assert after["MLE"].evaluations[3].metrics == after["MLE"].evaluations[0].metrics
     assert after["DALorRA+T"].key == after["DALorRA"].key
     assert all(e.fit is not None for e in after["DALorRA+T"].evaluations)
 

@@ -186,12 +186,34 @@ def test_the_mean_mask_has_no_epistemic_part(adapter: Path, task: TinyTask) -> N
     assert json.loads(result.stdout)["uncertainty"]["mutual_information"] is None
 
 
+def test_a_design_is_followed_and_part_of_the_report(adapter: Path, task: TinyTask) -> None:
+    ask = ("predict", adapter, "one two", "--base", task.base, "-M", 3)
+    probs = {
+        design: json.loads(call(*ask, "--design", design).stdout)["probs"]
+        for design in ("iid", "stratified", "antithetic")
+    }
+    assert probs["iid"] == json.loads(call(*ask).stdout)["probs"]
+    assert len({tuple(p) for p in probs.values()}) == 3
+    evaluated = call(
+        *("evaluate", adapter, "--data", task.data, "--split", "validation", "--base", task.base),
+        *("--resamples", 0, "--design", "stratified", "-o", "designs.json"),
+    )
+    assert evaluated.exit_code == 0, evaluated.output
+    report = json.loads(Path("designs.json").read_text("utf-8"))
+    assert report["design"] == "stratified"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "either texts or --input"),
         (("x", "--truncate", "middle"), "'middle'"),
         (("x", "--estimator", "median"), "'median'"),
+        (("x", "--design", "sobol"), "design must be iid or stratified or antithetic, got 'sobol'"),
+        (
+            ("x", "--design", "iid", "--estimator", "mean_mask"),
+            "design must be left out with mean_mask, got 'iid'",
+        ),
         (("x", "--device", "tpu"), "'tpu'"),
         (("x", "--dtype", "int8"), "'int8'"),
         (("word " * 500,), "the limit is"),

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ from dalorra_core.artifact.manifest import GoldenProbe, LabelsRef, ModuleRef
 from dalorra_core.artifact.signing import sign_artifact
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
 from dalorra_core.data.examples import TextExample
-from dalorra_core.errors import RowMemoryError
+from dalorra_core.errors import ConfigError, RowMemoryError
 from dalorra_core.predictive.plan import PACKS_KEPT, SAMPLES_KEPT, SamplingPlan
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.together import Share, predict_together
+from dalorra_core.sampling.designs import DESIGNS
 from server.engines.loaded import Loaded, Row
 from server.engines.local import LocalEngine
 from server.ports import (
@@ -35,6 +36,7 @@ from server.ports import (
     AdapterUntrustedError,
     BatchKey,
     BatchRow,
+    Design,
     EncodedRow,
     EngineFatalError,
     EngineMemoryError,
@@ -228,11 +230,24 @@ def test_rows_that_nobody_waits_for_are_left_out(folder: Path) -> None:
         assert sorted(asked) == list(range(8))
 
 
-def test_an_unknown_design_is_refused(folder: Path) -> None:
+def test_a_design_is_the_cores_and_an_unknown_one_is_refused(folder: Path) -> None:
     with engine_of(folder, "first") as engine:
         (card,) = engine.load()
-        with pytest.raises(ValueError, match="design must be iid, got stratified"):
-            engine.mask_set(BatchKey(card.key, Sampling(design="stratified")))
+        assert card.designs == DESIGNS
+        predictor, row = loaded_of(engine, card).predictor, TextQuestion(TEXTS[0])
+        for design in DESIGNS:
+            key = BatchKey(card.key, Sampling(4, design=design))
+            plan = SamplingPlan(4, design=design)
+            assert engine.mask_set(key) == predictor.mask_set(plan)
+            encoded = engine.encode(card.key, row, "none")
+            (scores,) = engine.run_batch([BatchRow(key, encoded)], lambda _: True).rows
+            expected = predictor.predict([predictor.encode(TextExample("row", TEXTS[0]))], plan)
+            assert scores is not None
+            found = torch.tensor(scores.samples, dtype=torch.float64)
+            torch.testing.assert_close(found, expected.log_probs[:, 0].double().exp())
+        sobol = cast("Design", "sobol")  # as a foreign prediction id may say
+        with pytest.raises(ConfigError, match=r"design must be iid or .* got sobol"):
+            engine.mask_set(BatchKey(card.key, Sampling(design=sobol)))
 
 
 def test_deterministic_adapters_answer_alone_in_any_company(folder: Path) -> None:

@@ -148,6 +148,22 @@ async def test_another_text_is_not_the_answer(text_adapter: Path, secret: Path) 
 
 
 @async_test
+async def test_an_answer_by_another_design_comes_out_by_that_design(
+    text_adapter: Path, secret: Path
+) -> None:
+    asked = {"input": TEXTS[0], "num_samples": 4, "design": "stratified"}
+    rows = [
+        (await answered(text_adapter, secret, body, deterministic=True))[0]
+        for body in (asked, {**asked, "design": "iid"})
+    ]
+    assert rows[0]["probs"] != rows[1]["probs"]
+    for row in rows:
+        result = replayed(row["prediction_id"], text_adapter, secret, "--text", TEXTS[0], "--json")
+        assert result.exit_code == 0, result.output
+        assert {line["same"] for line in found(result)["compared"].values()} == {True}
+
+
+@async_test
 async def test_a_question_with_its_choices_is_given_as_json(
     choice_adapter: Path, secret: Path
 ) -> None:

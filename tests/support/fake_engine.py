@@ -1,8 +1,9 @@
 """A deterministic engine without a model, which can be told to raise, block, die or count wrong.
 
 Probabilities come from a hash of the text, the seed and the sample's number, so equal requests have
-equal answers whatever shares their batch. The words ``sure`` and ``lost`` give a confident answer
-and a flat one, so that tests can ask for each decision.
+equal answers whatever shares their batch; a design only changes the name of the mask set. The words
+``sure`` and ``lost`` give a confident answer and a flat one, so that tests can ask for each
+decision.
 """
 
 import hashlib
@@ -84,6 +85,7 @@ TOPICS = AdapterCard(
     prompt_sha256="1" * 64,
     mask_set="ms_4_0",
     selftest_max_abs_error=1e-7,
+    designs=("iid", "stratified", "antithetic"),
 )
 QUIZ = AdapterCard(
     name="quiz",
@@ -119,6 +121,7 @@ TOPICS_ENSEMBLE = replace(
     defaults=Sampling(num_samples=3),
     mask_set="ms_3_0",
     fixed_functions=3,
+    designs=("iid",),
 )
 GUARANTEE = Guarantee(
     kind="ltt",
@@ -328,7 +331,9 @@ class FakeEngine:
     def mask_set(self, key: BatchKey) -> str | None:
         if self.cards[key.adapter].point_method or key.sampling.estimator == "mean_mask":
             return None
-        return f"ms_{key.sampling.num_samples}_{key.sampling.seed}"
+        s = key.sampling
+        design = "" if s.design == "iid" else f"_{s.design}"
+        return f"ms_{s.num_samples}_{s.seed}{design}"
 
     def risk_coverage(
         self, adapter: str, score: ScoreName, *, out_of_scope_share: float, delta: float

@@ -160,7 +160,7 @@ BAD = [
     ("predictive.num_samples=0", "greater than or equal to 1"),
     ("predictive.num_samples=257", "less than or equal to 256"),
     ("predictive.seed=-1", "greater than or equal to 0"),
-    ("predictive.design=sobol", "'iid'"),
+    ("predictive.design=sobol", "'iid', 'stratified' or 'antithetic'"),
     ("name=", "valid string"),
     ("name='../up'", "should match pattern"),
 ]
@@ -178,6 +178,25 @@ def test_a_wrong_value_is_refused_with_setting_domain_and_value(override: str, d
     value: Any = yaml.safe_load(text)
     shown = repr(value[0]) if "layers" in key else repr(value)
     assert f"got {shown}" in message or shown in message.partition("; got ")[2]
+
+
+@pytest.mark.parametrize(
+    "method", ["mle", "ensemble", "laplace", "mc_dropout", "c_lora", "rank_dropout", "blob"]
+)
+def test_a_design_that_the_method_cannot_follow_is_refused(method: str) -> None:
+    flips = ("method.test_noise=flipout",) if method == "blob" else ()
+    with pytest.raises(ConfigError) as caught:
+        config_of(f"method.name={method}", *flips, "predictive.design=stratified")
+    line = str(caught.value).splitlines()[1]
+    assert line.startswith("  predictive: ")
+    assert f"design must be iid for method {method} with these settings, got stratified" in line
+
+
+@pytest.mark.parametrize("design", ["stratified", "antithetic"])
+def test_a_design_of_gates_or_of_noise_is_taken(design: str) -> None:
+    for method in ("dalorra", "mask_mixture", "blob"):
+        config = config_of(f"method.name={method}", f"predictive.design={design}")
+        assert config.predictive.design == design
 
 
 def test_every_wrong_setting_is_named_at_once(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_every_setting_has_a_row_and_nothing_else_has_one() -> None:
         ("run.seed", "integer ≥ 0 and < 2^64", "`1`"),
         ("run.tensorboard", "true or false", "`false`"),
         ("run.eval_rows", "integer ≥ 1 or `null`", "`1000`"),
-        ("predictive.design", "`iid`", "`iid`"),
+        ("predictive.design", "`iid`, `stratified`, `antithetic`", "`iid`"),
     ],
 )
 def test_a_row_says_domain_and_default(key: str, domain: str, default: str) -> None:

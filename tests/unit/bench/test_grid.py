@@ -126,6 +126,14 @@ def test_an_adapters_name_is_made_of_settings_and_not_of_labels(tmp_path: Path) 
             {"evaluation": {"predictives": [{"estimator": "mean_mask", "num_samples": 3}]}},
             ("num_samples is for monte_carlo",),
         ),
+        (
+            {"evaluation": {"predictives": [{"estimator": "mean_mask", "design": "iid"}]}},
+            ("design is for monte_carlo",),
+        ),
+        (
+            {"evaluation": {"predictives": [{"design": "sobol"}]}},
+            ("evaluation.predictives.0.design", "'iid', 'stratified' or 'antithetic'", "'sobol'"),
+        ),
         ({"evaluation": {"predictives": ["mean_mask"] * 2}}, ("'mean_mask' more than once",)),
         ({"evaluation": {"row": 3}}, ("evaluation.row", "known are rows")),
         ({"evalution": {}}, ("evalution", "known are name, tasks")),
@@ -137,6 +145,21 @@ def test_a_wrong_grid_is_refused_by_name_domain_and_value(
 ) -> None:
     text = fault(tmp_path, changed(**changes))
     assert all(part in text for part in ("grid.yaml", *said)), text
+
+
+def test_a_design_that_a_method_cannot_follow_is_refused_before_the_first_run(
+    tmp_path: Path,
+) -> None:
+    """One that draws nothing answers as ever: M and a design are not about it."""
+    asked = {"predictives": ["monte_carlo", {"num_samples": 4, "design": "stratified"}]}
+    methods = {"A": "mc_dropout", "B": "mle", "C": "dalorra", "D": "ensemble"}
+    text = fault(tmp_path, changed(evaluation=asked, methods=methods))
+    assert "1 wrong setting(s)" in text
+    named = "methods.A, predictive monte_carlo_4_stratified: design must be iid for method mc_"
+    assert named in text
+    settings = {"predictive": {"design": "antithetic"}}
+    text = fault(tmp_path, changed(settings=settings, methods={"A": "c_lora"}))
+    assert "methods.A on sst2: predictive: design must be iid for method c_lora" in text
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from dalorra_core.bench.grid import cells, read_grid
+from dalorra_core.bench import keys
+from dalorra_core.bench.grid import EvaluationSettings, Predictive, cells, read_grid
 from dalorra_core.bench.keys import Job, Planned, plan_jobs, rows_sha256, spaced
 from dalorra_core.data import task_registry
 from dalorra_core.data.examples import TextExample
 from dalorra_core.errors import ConfigError
+from dalorra_core.sampling.designs import DESIGNS
 from tests.support.tiny_data_sets import tiny_data_root
 from tests.support.tiny_grid import tiny_grid, tiny_root, write_grid
 from tests.support.tiny_models import save_tiny_base
@@ -118,6 +120,7 @@ def test_labels_places_and_test_sets_do_not_train_again(
         {"rows": 11},
         {"resamples": 30},
         {"predictives": [{"num_samples": 5}]},
+        {"predictives": [{"design": "stratified"}]},
     ],
 )
 def test_another_evaluation_has_another_id(plan: Plan, evaluation: dict[str, Any]) -> None:
@@ -126,6 +129,24 @@ def test_another_evaluation_has_another_id(plan: Plan, evaluation: dict[str, Any
     after = plan(methods=one_method(), evaluation=old | evaluation)[0][0]
     assert before.key == after.key
     assert not {one.id for one in before.wanted} & {one.id for one in after.wanted}
+
+
+@pytest.mark.parametrize(
+    ("predictive", "recorded"),
+    [
+        (Predictive(num_samples=5), "5bd431b0e1b9e9f8"),
+        (Predictive(estimator="mean_mask"), "8de64a1d34360645"),
+    ],
+)
+def test_ids_of_before_there_were_designs_stay(predictive: Predictive, recorded: str) -> None:
+    def id_of(one: Predictive) -> str:
+        reading: dict[str, str | None] = {"prompt": "p", "truncate": "end"}
+        scored = EvaluationSettings(resamples=20)
+        return keys._wanted("in", one, scored, {"in": "a" * 64}, reading, None).id
+
+    assert id_of(predictive) == recorded
+    designs = (predictive.model_copy(update={"design": design}) for design in DESIGNS)
+    assert len({recorded, *map(id_of, designs)}) == 4
 
 
 def test_a_tempered_evaluation_depends_on_the_rows_it_is_fitted_on(plan: Plan) -> None:

@@ -3,19 +3,23 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.store import as_stored
-from dalorra_core.config import AdapterConfig, MethodSettings, OptimConfig
+from dalorra_core.config import AdapterConfig, Design, MethodSettings, OptimConfig
+from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.plan import SamplingPlan
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.scoring import score_rows
+from dalorra_core.sampling.designs import DESIGNS
 from dalorra_core.training.step import TrainStep
 from tests.support.method_cases import (
     CASES,
@@ -48,14 +52,17 @@ every_trained_case = pytest.mark.parametrize(
 )
 every_drawn_case = pytest.mark.parametrize(
     "config",
-    [
-        c
-        for c in CASES
-        if method_of(c).stochastic
-        and method_of(c).num_functions(c) is None
-        and not method_of(c).one_answer(c)
-    ],
+    [c for c in CASES if method_of(c).draws_samples(c)],
     ids=case_name,
+)
+every_designed_case = pytest.mark.parametrize(
+    ("config", "design"),
+    [
+        pytest.param(c, design, id=f"{case_name(c)},{design}")
+        for c in CASES
+        for design in method_of(c).designs(c)
+        if design != "iid"
+    ],
 )
 
 MOVED_FROM_THE_START = frozenset({"bayesian_lora"})
@@ -63,6 +70,21 @@ MOVED_FROM_THE_START = frozenset({"bayesian_lora"})
 
 WITHOUT_NOISE = frozenset({"rank_dropout,num_dropped=0", "mc_dropout,drop_prob=0.0"})
 """Settings of drawn methods under which all samples are the same function."""
+
+FOLLOWERS = {
+    "dalorra",
+    "frozen_gates",
+    "mask_mixture",
+    "mask_markov",
+    "mask_weight",
+    "amortised_prompt",
+    "amortised_token",
+    "blob",
+    "tfb",
+    "scalabl",
+    "bayesian_lora",
+}
+"""Methods whose samples can be drawn by every design, without flipout."""
 
 
 def test_every_variant_is_of_a_method() -> None:
@@ -184,6 +206,83 @@ def test_fewer_samples_are_the_first_of_more(config: MethodSettings) -> None:
         assert more.std(0).max() > 1e-4
         other = answers(config, state, Draw(("every", 4), DRAW.num_samples), ROWS)
         assert (other - more).abs().max() > 1e-4
+
+
+def test_who_follows_the_designs_is_known() -> None:
+    for config in CASES:
+        flips = getattr(config, "test_noise", None) == "flipout"
+        expected = DESIGNS if config.name in FOLLOWERS and not flips else ("iid",)
+        assert method_of(config).designs(config) == expected, case_name(config)
+
+
+@every_designed_case
+def test_samples_by_a_design_are_others_and_each_is_one_function(
+    config: MethodSettings, design: Design
+) -> None:
+    state, draw = filled_state(config), replace(DRAW, num_samples=5, design=design)
+    iid, found = (answers(config, state, d, ROWS) for d in (replace(draw, design="iid"), draw))
+    assert found.isfinite().all()
+    assert found.shape == iid.shape
+    assert (found - iid).abs().max() > 1e-4
+    assert found.std(0).max() > 1e-4
+    assert torch.equal(found, answers(config, state, draw, ROWS))
+    pack = method_of(config).predict_pack(state, config, draw).to(CPU, torch.float32)
+    chunks = [pack.narrow(0, 2), pack.narrow(2, 5).narrow(0, 1), pack.narrow(3, 5)]
+    parts = [
+        score_rows(tiny().model, part, ROWS, num_labels=5, max_padded_tokens=9).log_probs
+        for part in chunks
+    ]
+    assert_near(torch.cat(parts), found)
+
+
+@every_case
+def test_a_predictor_refuses_a_design_that_the_method_cannot_follow(
+    config: MethodSettings, tmp_path: Path, tiny_base: Path
+) -> None:
+    state, method = filled_state(config), method_of(config)
+    adapter = save_tiny_adapter(
+        tmp_path / "demo", tiny_base, num_labels=5, config=config, params=state.params
+    )
+    predictor = Predictor.load(adapter, base=str(tiny_base), device="cpu", verify_golden=False)
+    assert predictor.designs == method.designs(config)
+    for design in DESIGNS:
+        plan = SamplingPlan(3, 1, design=design)
+        if design in predictor.designs:
+            assert predictor.predict(ROWS, plan).log_probs.isfinite().all()
+            continue
+        for ask in (partial(predictor.predict, ROWS, plan), partial(predictor.mask_set, plan)):
+            with pytest.raises(ConfigError) as caught:
+                ask()
+            assert f"design must be iid for method {config.name}" in str(caught.value)
+            assert f"got {design}" in str(caught.value)
+    # the deterministic pass draws nothing, whatever the adapter's own design is
+    ids = {predictor.mask_set(SamplingPlan(3, 1, "mean_mask", design)) for design in DESIGNS}
+    assert len(ids) == 1
+
+
+@every_case
+def test_training_leaves_the_design_at_iid(config: MethodSettings) -> None:
+    """The design is the draw's own; that of a training step does not name one."""
+    trained_as = method_of(config).trained_as(config)
+    step = TrainStep(
+        tiny().model,
+        tiny().state.specs,
+        AdapterConfig(r=R, lora_alpha=2.0 * R),
+        trained_as,
+        optim=OptimConfig(),
+        num_examples=9,
+        seed=4,
+    )
+    method = METHODS[trained_as.name]
+    seen: list[Draw] = []
+
+    def watched(state: AdapterState, of: MethodSettings, draw: Draw) -> SamplePack:
+        seen.append(draw)
+        return method.train_pack(state, of, draw)
+
+    step.method = replace(method, train_pack=watched)
+    step(batch_of(ROWS), 3)
+    assert [draw.design for draw in seen] == ["iid"]
 
 
 @every_case
