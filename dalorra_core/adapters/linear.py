@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dalorra_core.adapters.binding import Binding, Loan
-from dalorra_core.adapters.pack import ModulePack, unfold
+from dalorra_core.adapters.pack import ModulePack, fold, unfold
 
 __all__ = ["AdaptedLinear", "low_rank_delta"]
 
@@ -72,7 +72,18 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return W0 h, plus the adapters' parts where packs are bound: (M*B, ..., d_out)."""
-        out = self.base(h)
+        return self._with_deltas(self.base(h), h)
+
+    def of_shared(self, h: Tensor, num_samples: int) -> Tensor:
+        """Return what ``forward`` gives for ``fold(h, num_samples)``; W0 h is computed once.
+
+        Args:
+            h: Inputs (B, ..., d_in) that all samples have in common.
+            num_samples: M.
+        """
+        return self._with_deltas(fold(self.base(h), num_samples), fold(h, num_samples))
+
+    def _with_deltas(self, out: Tensor, h: Tensor) -> Tensor:
         for loan in self._binding.lookup(self.name):
             out = _with_delta(out, h, loan)
         return out

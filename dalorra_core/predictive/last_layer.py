@@ -14,7 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dalorra_core.adapters.inject import LM_HEAD
-from dalorra_core.adapters.pack import MaybePositionless, SamplePack
+from dalorra_core.adapters.linear import AdaptedLinear
+from dalorra_core.adapters.pack import MaybePositionless, SamplePack, fold
 
 __all__ = ["can_shorten", "needs_every_position", "shortened_to"]
 
@@ -34,17 +35,20 @@ def needs_every_position(packs: Sequence[SamplePack]) -> bool:
 
 
 @contextmanager
-def shortened_to(decoder: nn.Module, last: Tensor) -> Iterator[None]:
+def shortened_to(decoder: nn.Module, last: Tensor, num_samples: int = 1) -> Iterator[None]:
     """Let the last layer give one position of each row, inside the block.
 
     What the decoder returns is then (N, 1, d).
 
     Args:
         decoder: A decoder for which ``can_shorten`` holds.
-        last: (N,) position of each row's last token, rows as they arrive at that layer.
+        last: (N,) position of each row's last token, rows as they leave that layer.
+        num_samples: M above 1 says that rows arrive as (B, T, d), the same for all samples, which
+            begin to differ inside the layer; they leave it as row m*B + b.
     """
     layers: Any = decoder.layers
-    decoder.layers = nn.ModuleList([*layers[:-1], _LastPositions(layers[-1], last)])
+    short = _LastPositions(layers[-1], last, num_samples)
+    decoder.layers = nn.ModuleList([*layers[:-1], short])
     try:
         yield
     finally:
@@ -77,19 +81,20 @@ def can_shorten(decoder: nn.Module) -> bool:
 class _LastPositions(nn.Module):
     """Stands in the last layer's place; its parts, adapted or not, are the layer's own."""
 
-    def __init__(self, layer: nn.Module, last: Tensor) -> None:
+    def __init__(self, layer: nn.Module, last: Tensor, num_samples: int) -> None:
         super().__init__()
         self._layer: Any = layer
-        self._last = last
+        self._last, self._num_samples = last, num_samples
         self.attention_type = getattr(layer, "attention_type", None)  # some decoders ask for it
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> Tensor:
         layer = self._layer
-        rows = torch.arange(len(self._last), device=self._last.device)
-        at_last = hidden_states[rows, self._last].unsqueeze(1)  # (N, 1, d)
-        attended = self._attention(layer.input_layernorm(hidden_states), rows, position_embeddings)
+        here = self._last[: len(hidden_states)]  # the samples of a row end at the same token
+        normed = layer.input_layernorm(hidden_states)
+        attended = self._attention(normed, here, position_embeddings)
+        at_last = self._folded(_at(hidden_states, here))  # (N, 1, d)
         if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma's layer has norms on both sides
             at_last = at_last + layer.post_attention_layernorm(attended)
             outcome = layer.mlp(layer.pre_feedforward_layernorm(at_last))
@@ -98,28 +103,38 @@ class _LastPositions(nn.Module):
         return at_last + layer.mlp(layer.post_attention_layernorm(at_last))
 
     def _attention(
-        self, normed: Tensor, rows: Tensor, position_embeddings: tuple[Tensor, Tensor]
+        self, normed: Tensor, here: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Return what the last tokens attend to, (N, 1, d)."""
         part = self._layer.self_attn
-        cos, sin = (x.expand(len(rows), -1, -1) for x in position_embeddings)  # (N, T, d_head)
-        here = (cos[rows, self._last].unsqueeze(1), sin[rows, self._last].unsqueeze(1))
-        query = part.q_proj(normed[rows, self._last].unsqueeze(1))
-        heads, width = query.shape[-1] // part.head_dim, part.head_dim
-        query = query.unflatten(-1, (heads, width)).transpose(1, 2)  # (N, H, 1, d_head)
-        key = part.k_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)  # (N, H_kv, T, d_head)
-        value = part.v_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
+        cos, sin = position_embeddings  # (1, T, d_head)
+        query = self._heads(part.q_proj, _at(normed, here))  # (N, H, 1, d_head)
+        key = self._heads(part.k_proj, normed)  # (N, H_kv, T, d_head)
+        value = self._heads(part.v_proj, normed)
         if hasattr(part, "q_norm"):
             query, key = part.q_norm(query), part.k_norm(key)
+        turn = (cos[0, self._last].unsqueeze(1), sin[0, self._last].unsqueeze(1))
         found = F.scaled_dot_product_attention(
-            _rotated(query, *here),
+            _rotated(query, *turn),
             _rotated(key, cos, sin),
             value,
             attn_mask=self._seen(normed.shape[1]),
             scale=part.scaling,
-            enable_gqa=key.shape[1] != heads,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         return part.o_proj(found.transpose(1, 2).flatten(2))  # (N, 1, d)
+
+    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """Return the projected inputs of all samples, cut into heads: (N, H, T, d_head)."""
+        m = self._num_samples
+        if m > 1 and isinstance(projection, AdaptedLinear):
+            out = projection.of_shared(x, m)
+        else:
+            out = self._folded(projection(x))
+        return out.unflatten(-1, (-1, self._layer.self_attn.head_dim)).transpose(1, 2)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        return x if self._num_samples == 1 else fold(x, self._num_samples)
 
     def _seen(self, length: int) -> Tensor:
         """Return the positions that each row's last token sees, (N, 1, 1, T) bool."""
@@ -136,6 +151,11 @@ class _LastPositions(nn.Module):
         if hasattr(part, "sliding_window"):  # of this layer; Mistral has one for all
             return part.sliding_window
         return getattr(part.config, "sliding_window", None)
+
+
+def _at(x: Tensor, here: Tensor) -> Tensor:
+    """Return one position of each row, (B, T, d) to (B, 1, d)."""
+    return x[torch.arange(len(here), device=here.device), here].unsqueeze(1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

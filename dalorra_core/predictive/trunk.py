@@ -90,8 +90,13 @@ class Trunk:
             (M*B, d), row m*B + b.
         """
         if self.shortens and not needs_every_position(packs):
-            with shortened_to(self.decoder, last):
-                return self.states(input_ids, packs, rows, fold_layer, stem)[:, 0]
+            layers: Any = self.decoder.layers
+            # Where that is the layer from which samples differ, it has inputs that they share.
+            inside = packs[0].num_samples if fold_layer == len(layers) - 1 else 1
+            with shortened_to(self.decoder, last, inside):
+                return self.states(
+                    input_ids, packs, rows, fold_layer, stem, folded_inside=inside > 1
+                )[:, 0]
         states = self.states(input_ids, packs, rows, fold_layer, stem)  # (M*B, T, d)
         return states[torch.arange(len(last), device=last.device), last]
 
@@ -110,6 +115,8 @@ class Trunk:
         rows: Sequence[int],
         fold_layer: int | None,
         stem: Tensor | None = None,
+        *,
+        folded_inside: bool = False,
     ) -> Tensor:
         """Return the last hidden states; to be called inside ``turns``.
 
@@ -120,11 +127,12 @@ class Trunk:
             fold_layer: Layer at whose input the samples are folded in; None: before the decoder.
             stem: (B, T, d) states at the input of that layer, where they are known: the layers
                 below are not run.
+            folded_inside: That layer does the folding itself.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
-        m = packs[0].num_samples
+        m = 1 if folded_inside else packs[0].num_samples
         lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
         if stem is not None and fold_layer is not None:
             with lent, starting_at(self.decoder, fold_layer):

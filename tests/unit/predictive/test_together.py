@@ -108,6 +108,7 @@ def folds(tiny: TinyAdapter, run: Sequence[PackedRows]) -> list[int]:
     """Return the rows that each decoder layer sees in one forward."""
     seen: list[int] = []
     layers = tiny.model.decoder.get_submodule("layers")
+    tiny.model.trunk.__dict__["shortens"] = False  # else the last one's parts are called, not it
     hooks = [
         layer.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
         for layer in layers.children()
