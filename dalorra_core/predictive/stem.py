@@ -16,7 +16,7 @@ from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.scoring import padded_token_limit, plan_chunks
 from dalorra_core.predictive.trunk import RowStates, starting_at
 
-__all__ = ["StemStates", "kept_stem_states", "stem_states"]
+__all__ = ["MAX_BYTES", "StemStates", "kept_stem_states", "stem_states"]
 
 MAX_BYTES = 2**30
 """Rows whose states would take more are run from the embeddings every time."""
@@ -35,6 +35,11 @@ class StemStates:
     def pick(self, places: Sequence[int]) -> "StemStates":
         """Return the states of some rows as a set of their own."""
         return StemStates([self._states[i] for i in places])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states, in bytes."""
+        return sum(states.nbytes for states in self._states)
 
     @property
     def flat(self) -> Tensor:

@@ -6,6 +6,7 @@ the first adapted layer is the base model's alone: the shelf keeps it in files, 
 
 import fcntl
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +18,18 @@ from safetensors.torch import load_file, save
 
 from dalorra_core.artifact.placing import place_file
 from dalorra_core.data.collate import EncodedExample
-from dalorra_core.predictive.stem import StemStates, stem_states
+from dalorra_core.predictive.stem import MAX_BYTES, StemStates, stem_states
 
 if TYPE_CHECKING:
     from dalorra_core.predictive.forward import LabelModel
 
 __all__ = ["MIN_ROWS", "StemShelf"]
 
+_LOG = logging.getLogger(__name__)
+
 MIN_ROWS = 32
 """Smaller sets are not kept."""
 
-_SETS_IN_MEMORY = 8
 _NAME = "states"
 
 
@@ -35,7 +37,8 @@ class StemShelf:
     """Finds or makes the states of a set of rows.
 
     A set is known by its tokens, the layer, the base model and its precision, so that a set has the
-    very same states in every run that meets it.
+    very same states in every run that meets it. In memory are the sets that were used last, as far
+    as they fit into ``stem.MAX_BYTES``.
 
     Args:
         directory: Of the files; what is in it may be deleted at any time.
@@ -62,7 +65,7 @@ class StemShelf:
                 found = self._read(key, model, rows) or self._made(key, model, rows)
         if found is not None:
             self._known[key] = found  # the last one is the one that was used last
-            while len(self._known) > _SETS_IN_MEMORY:
+            while len(self._known) > 1 and sum(s.nbytes for s in self._known.values()) > MAX_BYTES:
                 self._known.pop(next(iter(self._known)))
         return found
 
@@ -96,7 +99,10 @@ class StemShelf:
         with torch.inference_mode(mode=False), torch.no_grad():  # training will use them too
             found = stem_states(model, rows)
         if found is not None:
-            place_file(self._path(key), save({_NAME: found.flat.cpu().contiguous()}))
+            try:
+                place_file(self._path(key), save({_NAME: found.flat.cpu().contiguous()}))
+            except OSError as error:  # a full disk; the run can do without the file
+                _LOG.warning("states of %d rows are not kept: %s", len(rows), error)
         return found
 
 

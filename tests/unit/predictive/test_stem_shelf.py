@@ -96,9 +96,22 @@ def test_nothing_is_kept_where_nothing_is_gained(tmp_path: Path) -> None:
 
 
 def test_the_sets_used_last_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stem_shelf, "_SETS_IN_MEMORY", 2)
+    two_sets = 2 * sum(LENGTHS) * 32 * 4  # tokens, width, bytes of a float
+    monkeypatch.setattr(stem_shelf, "MAX_BYTES", two_sets)
     tiny, shelf = tiny_adapter(layers=(1, 1)), StemShelf(tmp_path, "sha256:a")
     sets = [random_rows(LENGTHS, seed=seed) for seed in range(3)]
     found = [shelf.of(tiny.model, rows) for rows in sets]
     assert shelf.of(tiny.model, sets[2]) is found[2]
     assert shelf.of(tiny.model, sets[0]) is not found[0]
+
+
+def test_a_full_disk_costs_the_file_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> None:  # noqa: ARG001
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stem_shelf, "place_file", full)
+    tiny, rows = tiny_adapter(layers=(1, 1)), random_rows(LENGTHS)
+    assert StemShelf(tmp_path, "sha256:a").of(tiny.model, rows) is not None
+    assert "No space left on device" in caplog.text
