@@ -45,6 +45,7 @@ from dalorra_core.metrics.calibration import nll
 from dalorra_core.metrics.selective import auroc
 from dalorra_core.metrics.uncertainty import log_mean_probs, summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.predictive.tempering import temper
 from dalorra_core.training.evaluation import evaluate, json_number, out_of_scope_scores
 from dalorra_core.training.prepare import TrainingData, evaluation_rows, prepare_training_data
@@ -316,6 +317,7 @@ class _Scoring:
         key = (name, self.predictor.mask_set(plan))
         if key not in self._answers:
             self.say(f"scoring {name}: {len(rows)} rows, {plan.estimator}")
+            kept_stem_states(self.predictor.model, rows)  # whoever comes first makes them for all
             started = perf_counter()
             found = self.predictor.predict(rows, plan, label_mass=False, calibrated=False)
             seconds = round(perf_counter() - started, 3)

@@ -55,11 +55,13 @@ class PosteriorMap:
         name: Of the kind, such as ``q_proj``.
         layers: Numbers of the layers, L of them, rising; empty for a module outside of them.
         keep_prob: Shape (L, r), in [0, 1]; (1, r) outside of the layers.
+        kinds: Of each row, where the rows are kinds of modules and not layers.
     """
 
     name: str
     layers: tuple[int, ...]
     keep_prob: Float[Tensor, "L r"]
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class CostPoint:
 def posterior_maps(keep_prob: Mapping[str, Sequence[float]]) -> tuple[PosteriorMap, ...]:
     """Return the maps of one adapter, one for each kind of module.
 
+    An adapter that stands on one layer only has one map, a row for each module.
+
     Args:
         keep_prob: Module name to its r keep probabilities, as ``dalorra inspect --json`` prints
             them under ``posterior``; the first number in a name is its layer.
@@ -131,6 +135,9 @@ def posterior_maps(keep_prob: Mapping[str, Sequence[float]]) -> tuple[PosteriorM
         layer = _LAYER.search(module)
         place = None if layer is None else int(layer[1])
         kinds.setdefault(module.rpartition(".")[2], []).append((place, values))
+    if len(kinds) > 1 and all(len(rows) == 1 for rows in kinds.values()):
+        values = torch.tensor([list(rows[0][1]) for rows in kinds.values()], dtype=torch.float64)
+        return (PosteriorMap("", (), values, tuple(kinds)),)
     maps: list[PosteriorMap] = []
     for kind, rows in kinds.items():
         ordered = sorted(rows, key=lambda row: -1 if row[0] is None else row[0])
@@ -156,7 +163,8 @@ def posterior_heat_maps(
     reach = max(float((one.keep_prob - prior_prob).abs().max()) for _, one in panels)
     reach = max(reach, 1e-3)  # a scale has two ends, even where no gate has moved
     deepest = max(len(one.keep_prob) for _, one in panels)
-    width = sum(0.9 + 0.16 * one.keep_prob.shape[1] for _, one in panels)
+    names = max(max((len(kind) for kind in one.kinds), default=0) for _, one in panels)
+    width = sum(0.9 + 0.07 * names + 0.16 * one.keep_prob.shape[1] for _, one in panels)
     figure = new_figure(width + 1.4, 1.5 + 0.17 * deepest)
     figure.set_layout_engine("compressed")  # cells are square, so panels leave gaps otherwise
     every: list[Any] = []
@@ -175,14 +183,17 @@ def posterior_heat_maps(
             interpolation="nearest",
         )
         axes.spines[:].set_visible(False)
-        axes.set_title(_plain(f"{name}\n{one.name}" if name else one.name), fontsize=9)
+        axes.set_title(_plain(f"{name}\n{one.name}".strip()), fontsize=9)
         axes.set_xticks(range(rank), [str(j + 1) if j % 2 == 0 else "" for j in range(rank)])
         axes.set_yticks(
             range(len(one.layers)),
             [str(layer) if i % 5 == 0 else "" for i, layer in enumerate(one.layers)],
         )
         axes.tick_params(labelsize=8, length=2)
-        if one.layers:
+        if one.kinds:
+            axes.set_yticks(range(len(one.kinds)), [_plain(kind) for kind in one.kinds])
+            axes.set_xlabel("rank", fontsize=8)
+        elif one.layers:
             axes.set_xlabel("rank", fontsize=8)
             axes.set_ylabel("layer", fontsize=8)
         else:

@@ -32,6 +32,7 @@ from dalorra_core.metrics.uncertainty import summarise
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.shared_base import SharedBase, identify
+from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.existing import check_is_fitted, load_trained
 from dalorra_core.training.loop import TrainingResult
@@ -100,6 +101,7 @@ def run_training(  # noqa: PLR0913  options by name
     origin: dict[str, JsonValue] = {}
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config, run_dir)
+    kept_stem_states(label_model, data.train)  # where they are shared, they are no part of a run
     if from_adapter is None:
         result = train_members(
             label_model,

@@ -72,6 +72,18 @@ def test_heat_maps_share_a_scale_around_the_prior() -> None:
     assert "0.7" in bar.get_ylabel()
 
 
+def test_an_adapter_on_one_layer_has_one_map_of_its_modules() -> None:
+    keep = {"model.layers.29.self_attn.q_proj": (0.5, 0.9), "lm_head": (0.6, 0.7)}
+    (one,) = posterior_maps(keep)
+    assert one.kinds == ("q_proj", "lm_head")
+    figure = posterior_heat_maps({"trec": (one,), "sst2": (one,)}, prior_prob=0.7, title="t")
+    drawn(figure)
+    first, second, _ = figure.axes
+    assert first.images[0].get_array().tolist() == one.keep_prob.tolist()
+    assert [label.get_text() for label in second.get_yticklabels()] == ["q_proj", "lm_head"]
+    assert (first.get_title(), first.get_ylabel()) == ("trec", "")
+
+
 def test_an_untrained_posterior_is_drawn() -> None:
     flat = PosteriorMap("q_proj", (0,), torch.full((1, 3), 0.5))
     figure = posterior_heat_maps({"": (flat,)}, prior_prob=0.5, title="t")
