@@ -53,7 +53,8 @@ LEVEL = 0.95
 """Confidence of each bound on what an option is worse by than the peer."""
 
 AUROC_SLACK = 0.005
-"""What the AUROC of the mutual information may be below that of the reference."""
+"""What the AUROC of the mutual information may be below the lesser of the reference's and the
+peer's: where few samples cost the peer more than this, another need not be better than the peer."""
 
 FEWEST_OF_A_KIND = 8
 """Rows in scope and out of scope without which that AUROC says nothing."""
@@ -114,10 +115,10 @@ def choose_plan(
 
     As good means three things: the upper bounds on what its squared errors are above the peer's
     are at most zero, for the mean probability and for the mutual information alike, and where
-    there are rows out of scope its mutual information tells them apart as the reference's does, to
-    within ``AUROC_SLACK``. What cannot be told apart from worse is therefore not chosen. The peer
-    itself always may be. Of equal M the smaller error of the mean probability wins, of equal ones
-    the first.
+    there are rows out of scope its mutual information tells them apart as the reference's does, or
+    as the peer's does, to within ``AUROC_SLACK``. What cannot be told apart from worse is therefore
+    not chosen. The peer itself always may be. Of equal M the smaller error of the mean probability
+    wins, of equal ones the first.
 
     Args:
         reference: K independent samples, log-probabilities; the ``iid`` options, the peer among
@@ -140,14 +141,10 @@ def choose_plan(
     }
     errors |= {option: squared_errors(answers, found) for option, found in packs.items()}
     drawn = {**_iid_sets(reference), **packs}
+    aurocs = {o: _auroc(_information(drawn[o]), outside) if enough else None for o in errors}
+    limit = None if goal is None else min(goal, aurocs[PEER] or 0.0) - AUROC_SLACK
     candidates = [
-        _candidate(
-            option,
-            found,
-            errors[PEER],
-            _auroc(_information(drawn[option]), outside) if enough else None,
-            goal,
-        )
+        _candidate(option, found, errors[PEER], aurocs[option], limit)
         for option, found in errors.items()
     ]
     best = min(
@@ -201,14 +198,14 @@ def _candidate(
     errors: SquaredErrors,
     peer: SquaredErrors,
     found_auroc: float | None,
-    goal: float | None,
+    least_auroc: float | None,
 ) -> PlanCandidate:
     mean, information = estimate(errors.mean), estimate(errors.information)
     excesses = (
         excess_bound(errors.mean, peer.mean, LEVEL),
         excess_bound(errors.information, peer.information, LEVEL),
     )
-    tells_apart = goal is None or found_auroc is None or found_auroc >= goal - AUROC_SLACK
+    tells_apart = least_auroc is None or found_auroc is None or found_auroc >= least_auroc
     return PlanCandidate(
         design=option[0],
         num_samples=option[1],

@@ -155,7 +155,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
     assert choose_plan(reference, {}, inside).option == PEER  # nothing else was tried
     with pytest.raises(ConfigError, match="at least 64 samples, got 63"):
         choose_plan(reference[1:], {}, inside)
-    one = {("stratified", 4): samples(of_masks, "p", 0.5, ("stratified", 4), 1)}
+    one: dict[Option, Tensor] = {
+        ("stratified", 4): samples(of_masks, "p", 0.5, ("stratified", 4), 1)
+    }
     with pytest.raises(ConfigError, match="2 packs of every option"):
         choose_plan(reference, one, inside)
 
