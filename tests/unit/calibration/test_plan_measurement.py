@@ -53,7 +53,6 @@ def test_rows_are_of_the_fit_part_and_their_order_does_not_matter() -> None:
         ("mle", "it does not sample"),
         ("ensemble", "it has 3 functions, and all of them answer"),
         ("mc_dropout", "it draws iid samples only"),
-        ("rank_dropout", "it draws iid samples only"),
     ],
 )
 def test_a_method_that_leaves_no_choice_is_refused(
