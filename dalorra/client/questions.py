@@ -47,7 +47,8 @@ class Options(TypedDict, total=False):
         model: Adapter: ``name``, ``name:revision`` or ``name@alias``.
         policy: Name of a policy, or one of the forms of the HTTP API, such as
             ``{"max_risk": 0.05}``.
-        num_samples: Posterior samples that are averaged, at least 1.
+        num_samples: Posterior samples that are averaged, at least 1; ``auto`` for the adapter's
+            own number, as if it were left out.
         seed: Picks the set of samples.
         estimator: ``mean_mask`` is one deterministic pass.
         design: How the samples are drawn together.
@@ -63,7 +64,7 @@ class Options(TypedDict, total=False):
 
     model: str
     policy: str | Mapping[str, object]
-    num_samples: int
+    num_samples: int | Literal["auto"]
     seed: int
     estimator: Literal["monte_carlo", "mean_mask"]
     design: Literal["iid", "stratified", "antithetic"]

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dalorra_core.config import Design
+
 __all__ = [
     "HIGHER_IS_SURER",
     "AbstainGuarantee",
@@ -17,6 +19,8 @@ __all__ = [
     "Guarantee",
     "Limit",
     "MeasuredWith",
+    "PlanCandidate",
+    "PlanEvidence",
     "Policy",
     "PredictionSets",
     "ReferenceProfile",
@@ -232,8 +236,74 @@ class CalibrationRows(_Part):
     n_certify: int
 
 
+class PlanCandidate(_Part):
+    """How far one estimator's answers are from the reference, mean over rows and packs.
+
+    ``mean_error`` is the squared distance of the mean probabilities, summed over the labels;
+    ``information_error`` that of the mutual information in nats squared, null for ``mean_mask``,
+    which has none. The reference's own error is taken off, so a value may fall below zero. The
+    excesses are one-sided upper bounds on the error above that of the peer. ``good_enough`` says
+    whether both bounds and the AUROC allow the candidate to be chosen.
+    """
+
+    estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
+    design: Design
+    num_samples: int
+    mean_error: float
+    mean_error_se: float
+    information_error: float | None = None
+    information_error_se: float | None = None
+    mean_excess: float | None = None
+    information_excess: float | None = None
+    out_of_scope_auroc: float | None = None
+    good_enough: bool = False
+
+
+class PlanEvidence(_Part):
+    """Why an adapter is served with its M and design; see docs/method.md, section 6.
+
+    ``packs`` independent sets were drawn for every candidate and ``reference`` samples for the
+    reference; ``level`` is that of each bound. ``peer`` is the candidate that the chosen one must
+    not be worse than. Answers are those without temperature. ``digest`` is over the rows' ids and
+    contents. The AUROC of the mutual information, out of scope against in scope, is null where
+    there were too few rows of either kind.
+    """
+
+    date: str
+    dalorra: str
+    design: Design
+    num_samples: int
+    digest: str
+    n: int
+    n_out_of_scope: int
+    reference: int
+    packs: int
+    level: float
+    peer_num_samples: int
+    reference_auroc: float | None
+    dtype: str
+    candidates: tuple[PlanCandidate, ...]
+
+    @property
+    def chosen(self) -> PlanCandidate:
+        """The candidate that the adapter is served with."""
+        return self._candidate(self.design, self.num_samples)
+
+    @property
+    def peer(self) -> PlanCandidate:
+        """The candidate whose errors were the limit."""
+        return self._candidate("iid", self.peer_num_samples)
+
+    def _candidate(self, design: Design, num_samples: int) -> PlanCandidate:
+        asked = ("monte_carlo", design, num_samples)
+        return next(c for c in self.candidates if (c.estimator, c.design, c.num_samples) == asked)
+
+
 class Calibration(_Part):
-    """Everything ``dalorra calibrate`` found out; ``scores_file`` holds the rows' scores."""
+    """Everything ``dalorra calibrate`` found out; ``scores_file`` holds the rows' scores.
+
+    ``plan`` is the evidence for the default predictive; null where none was asked for.
+    """
 
     date: str
     dalorra: str
@@ -245,3 +315,4 @@ class Calibration(_Part):
     uncertified: tuple[Uncertified, ...]
     reference: ReferenceProfile
     scores_file: str
+    plan: PlanEvidence | None = None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from dalorra_core.artifact.calibration_record import Calibration, Policy
-from dalorra_core.config import PredictiveConfig
+from dalorra_core.config import Design, PredictiveConfig
 from dalorra_core.methods import MethodConfig
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ModuleRef",
     "PromptRef",
     "manifest_digest",
+    "with_plan",
 ]
 
 FORMAT_VERSION = 2
@@ -77,7 +78,10 @@ class PromptRef(_Part):
 
 
 class GoldenProbe(_Part):
-    """A stored question and the probabilities the default predictive gave for it in float32."""
+    """A stored question and the probabilities that were given for it in float32.
+
+    By the default predictive, or by ``Manifest.golden_predictive`` where that is set.
+    """
 
     id: str
     row: dict[str, JsonValue]
@@ -85,7 +89,11 @@ class GoldenProbe(_Part):
 
 
 class Manifest(_Part):
-    """Everything about an adapter but its tensors."""
+    """Everything about an adapter but its tensors.
+
+    ``golden_predictive`` is the predictive that the golden probes were stored under, where a
+    sampling plan has changed the default since; null: the default.
+    """
 
     format_version: Literal[2] = 2
     name: str
@@ -101,8 +109,23 @@ class Manifest(_Part):
     policies: tuple[Policy, ...] = ()
     calibration: Calibration | None = None
     golden: tuple[GoldenProbe, ...] = ()
+    golden_predictive: PredictiveConfig | None = None
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     files: dict[str, str]
+
+
+def with_plan(manifest: Manifest, design: Design, num_samples: int) -> Manifest:
+    """Return a manifest with another M and design of its default predictive, under the same seed.
+
+    Its golden probes stay those of the predictive they were stored under: they were computed in
+    float32, which this machine may not have.
+    """
+    old = manifest.predictive
+    new = old.model_copy(update={"design": design, "num_samples": num_samples})
+    golden = manifest.golden_predictive or old
+    return manifest.model_copy(
+        update={"predictive": new, "golden_predictive": None if golden == new else golden}
+    )
 
 
 def manifest_digest(values: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """``dalorra calibrate``."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -9,7 +10,8 @@ from typing import Annotated, Any, cast, get_args
 import torch
 import typer
 
-from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER
+from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER, PlanEvidence
+from dalorra_core.artifact.manifest import with_plan
 from dalorra_core.artifact.store import update_artifact
 from dalorra_core.calibration.answered_rows import AnsweredRows
 from dalorra_core.calibration.calibrate import (
@@ -23,17 +25,19 @@ from dalorra_core.calibration.labelled_rows import (
     content_digest,
     read_labelled_rows,
 )
+from dalorra_core.calibration.plan_measurement import check_plannable
 from dalorra_core.calibration.score_cache import read_scores, write_scores
 from dalorra_core.calibration.split import digests
 from dalorra_core.calibration.threshold_plan import Procedure
 from dalorra_core.calibration.validity import measured_with
+from dalorra_core.cli.calibration_plan import chosen_plan, plan_request, show_plan
 from dalorra_core.cli.calibration_summary import show_calibration
 from dalorra_core.cli.console import errors_as_exit, note, row_progress
 from dalorra_core.cli.options import AdapterArgument, BaseOption, DeviceOption, DtypeOption
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import Example
 from dalorra_core.errors import ConfigError, DataError
-from dalorra_core.predictive.predictor import Predictor
+from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.report.calibration_report import check_plotting, write_report
 
@@ -111,6 +115,25 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             "--allow-missing-labels", help="Accept data without a row of some of the labels."
         ),
     ] = False,
+    plan: Annotated[  # noqa: FBT002
+        bool,
+        typer.Option(
+            "--plan",
+            help="First choose M and design: the fewest samples that are as good as ten "
+            "independent ones. Without it those that are stored stay.",
+        ),
+    ] = False,
+    plan_rows: Annotated[
+        int | None, typer.Option(help="Rows that the plan is measured on [default: 64].")
+    ] = None,
+    plan_reference: Annotated[
+        int | None,
+        typer.Option(help="Samples that stand for infinitely many [default: 512]."),
+    ] = None,
+    plan_packs: Annotated[
+        int | None,
+        typer.Option(help="Independent sets of every M and design [default: 8]."),
+    ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(help="Keep the answers here; read from here when the file exists."),
@@ -138,6 +161,12 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     afterwards. A target that cannot be certified is a normal result and comes with an estimate of
     the labels it would take.
 
+    **Sampling plan.** `--plan` first measures how far the answers of 2 to 10 samples under every
+    design of the method are from those of infinitely many, on rows of the part that fits, and
+    takes the fewest that are as good as ten independent ones in the mean probability and in the
+    mutual information. Everything else is then certified under that plan, and it is what is served
+    when a request does not say otherwise.
+
     **Example**
 
     `dalorra calibrate adapters/clinc150 --data data/clinc150
@@ -157,23 +186,31 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             max_abstained=max_abstained,
             alphas=tuple(alpha or defaults.alphas),
         )
+        asked = plan_request(plan_rows, plan_reference, plan_packs, asked=plan)
         if request.score in ("auto", "combined"):
             check_fitting()
         if report is not None:
             check_plotting()
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
+        if asked is not None:
+            check_plannable(predictor)
         sources = [RowSource(spec, split) for spec in data]
         sources += [RowSource(spec, "train", only_out_of_scope=True) for spec in out_of_scope or ()]
-        answered = _answered(predictor, sources, scores, allow_missing=allow_missing_labels)
+        rows = _labelled(predictor, sources, allow_missing=allow_missing_labels)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        here = measured_with(predictor, predictor.default_plan)
+        evidence = None if asked is None else chosen_plan(predictor, *rows, asked, now)
+        sampling = _sampling(predictor, evidence)
+        answered = _answered(predictor, sources, rows, sampling, scores)
+        here = measured_with(predictor, sampling)
         outcome = calibrate(answered, predictor.labels, here, request, now)
+        if evidence is not None:
+            show_plan(evidence)
         show_calibration(outcome, predictor.manifest.name, predictor.revision)
         if report is not None:
             for path in write_report(report, outcome, answered, request.delta):
                 note(f"wrote {path}")
         if not dry_run:
-            _write(adapter, predictor, outcome)
+            _write(adapter, predictor, outcome, evidence)
 
 
 def _one_of(setting: str, value: str, allowed: Sequence[str]) -> Any:
@@ -182,9 +219,13 @@ def _one_of(setting: str, value: str, allowed: Sequence[str]) -> Any:
     return cast("Any", value)
 
 
-def _answered(
-    predictor: Predictor, sources: Sequence[RowSource], scores: Path | None, *, allow_missing: bool
-) -> AnsweredRows:
+_Labelled = tuple[list[Example], list[EncodedExample]]
+
+
+def _labelled(
+    predictor: Predictor, sources: Sequence[RowSource], *, allow_missing: bool
+) -> _Labelled:
+    """Return the rows of all sources that fit into the adapter's prompt, and the same encoded."""
     examples = read_labelled_rows(
         sources, predictor.manifest.labels, allow_missing_labels=allow_missing
     )
@@ -197,9 +238,33 @@ def _answered(
         )
     if not kept:
         raise DataError(f"all {len(rows)} rows have more than {predictor.max_tokens} tokens")
-    examples, rows = [examples[i] for i in kept], [rows[i] for i in kept]
+    return [examples[i] for i in kept], [rows[i] for i in kept]
+
+
+def _sampling(predictor: Predictor, evidence: PlanEvidence | None) -> SamplingPlan:
+    """Return the predictive to certify: the one that was just chosen, else the stored one."""
+    stored = predictor.default_plan
+    if evidence is None:
+        return stored
+    return replace(stored, num_samples=evidence.num_samples, design=evidence.design)
+
+
+def _answered(
+    predictor: Predictor,
+    sources: Sequence[RowSource],
+    labelled: _Labelled,
+    sampling: SamplingPlan,
+    scores: Path | None,
+) -> AnsweredRows:
+    examples, rows = labelled
     digest = content_digest(examples)
     choices = [len(predictor.labels) if r.allowed is None else len(r.allowed) for r in rows]
+    key = {
+        "rows": digest,
+        "order of rows": hashlib.sha256("\0".join(e.id for e in examples).encode()).hexdigest(),
+        "mask set": predictor.mask_set(sampling),
+        "dtype": str(predictor.dtype),
+    }
     return AnsweredRows(
         source=" + ".join(_source_name(source) for source in sources),
         digest=digest,
@@ -207,7 +272,7 @@ def _answered(
         digests=digests(examples),
         labels=torch.tensor([row.label for row in rows]),
         num_choices=torch.tensor(choices),
-        prediction=_prediction(predictor, examples, rows, digest, scores),
+        prediction=_prediction(predictor, rows, sampling, key, scores),
     )
 
 
@@ -220,31 +285,35 @@ def _source_name(source: RowSource) -> str:
 
 def _prediction(
     predictor: Predictor,
-    examples: Sequence[Example],
     rows: Sequence[EncodedExample],
-    digest: str,
+    sampling: SamplingPlan,
+    key: Mapping[str, str],
     scores: Path | None,
 ) -> Prediction:
-    key = {
-        "rows": digest,
-        "order of rows": hashlib.sha256("\0".join(e.id for e in examples).encode()).hexdigest(),
-        "mask set": predictor.mask_set(predictor.default_plan),
-        "dtype": str(predictor.dtype),
-    }
     if scores is not None and scores.exists():
         note(f"reading answers from {scores}")
         return read_scores(scores, key)
     with row_progress("scoring", len(rows)) as advance:
-        prediction = predictor.predict(rows, calibrated=False, on_progress=advance)
+        prediction = predictor.predict(rows, sampling, calibrated=False, on_progress=advance)
     if scores is not None:
         write_scores(scores, prediction, key)
         note(f"wrote {scores}")
     return prediction
 
 
-def _write(adapter: Path, predictor: Predictor, outcome: CalibrationOutcome) -> None:
-    updates = {"calibration": outcome.calibration, "policies": outcome.policies}
-    void = update_artifact(adapter, predictor.manifest.model_copy(update=updates), outcome.content)
+def _write(
+    adapter: Path, predictor: Predictor, outcome: CalibrationOutcome, evidence: PlanEvidence | None
+) -> None:
+    manifest = predictor.manifest
+    if evidence is not None:
+        manifest = with_plan(manifest, evidence.design, evidence.num_samples)
+    elif manifest.calibration is not None:
+        evidence = manifest.calibration.plan  # of the predictive that stays
+    updates = {
+        "calibration": outcome.calibration.model_copy(update={"plan": evidence}),
+        "policies": outcome.policies,
+    }
+    void = update_artifact(adapter, manifest.model_copy(update=updates), outcome.content)
     if void:
         note("its signature was of the old calibration and is gone; sign it again: dalorra sign")
     note(f"wrote {adapter}; try: dalorra inspect {adapter}")

@@ -9,7 +9,7 @@ from dalorra_core.artifact.calibration_record import Limit, Policy, Uncertified
 from dalorra_core.calibration.calibrate import CalibrationOutcome
 from dalorra_core.metrics.selective import augrc, aurc
 
-__all__ = ["limit_text", "policy_text", "show_calibration"]
+__all__ = ["limit_text", "policy_text", "show_calibration", "show_table"]
 
 _LABELS_SHOWN = 5
 
@@ -67,9 +67,9 @@ def show_calibration(outcome: CalibrationOutcome, name: str, revision: str) -> N
     for text in outcome.notes:
         out.print(f"note: {text}")
     out.print(f"certificates hold while at most {outcome.out_of_scope_share:g} is out of scope")
-    _table("policies", _policy_rows(outcome.policies))
+    show_table("policies", _policy_rows(outcome.policies))
     _show_uncertified(out, c.uncertified)
-    _table(
+    show_table(
         "prediction sets",
         [
             {
@@ -116,7 +116,8 @@ def _show_uncertified(out: Console, found: Sequence[Uncertified]) -> None:
         )
 
 
-def _table(title: str, rows: Sequence[dict[str, str]]) -> None:
+def show_table(title: str, rows: Sequence[dict[str, str]]) -> None:
+    """Print rows of equal columns, on stdout, as wide as they are."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name)

@@ -35,7 +35,7 @@ def errors_as_exit() -> Iterator[None]:
 
 
 @contextmanager
-def row_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def row_progress(what: str, total: int, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """Show a bar over ``total`` rows on a terminal, or a line every tenth in a log."""
     if _stderr.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -50,6 +50,6 @@ def row_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         done += count
         if done * 10 // total > shown:
             shown = done * 10 // total
-            note(f"{what}: {done} of {total} rows")
+            note(f"{what}: {done} of {total} {unit}")
 
     yield line

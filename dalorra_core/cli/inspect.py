@@ -11,6 +11,7 @@ from rich.table import Table
 from dalorra_core.adapters.inject import LM_HEAD
 from dalorra_core.artifact.calibration_record import Calibration
 from dalorra_core.artifact.store import MANIFEST_FILE, Artifact, load_artifact
+from dalorra_core.cli.calibration_plan import plan_text
 from dalorra_core.cli.calibration_summary import policy_text
 from dalorra_core.cli.console import errors_as_exit
 from dalorra_core.cli.options import AdapterArgument
@@ -84,6 +85,8 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
     for policy in m.policies:
         console.print(f"{'policy':<11}{policy_text(policy)}")
     if m.calibration is not None:
+        if m.calibration.plan is not None:
+            console.print(f"{'plan':<11}{plan_text(m.calibration.plan)}")
         console.print(f"{'calibrated':<11}{_calibration_text(m.calibration)}")
     for name in (
         "created_at",

@@ -14,7 +14,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
-from dalorra_core.config import Design
+from dalorra_core.config import Design, PredictiveConfig
 from dalorra_core.data.encode import EncodedExample, Truncation, encode
 from dalorra_core.data.examples import Example
 from dalorra_core.data.labels import LabelSet
@@ -202,8 +202,7 @@ class Predictor:
     @property
     def default_plan(self) -> SamplingPlan:
         """The predictive stored in the artifact."""
-        p = self.manifest.predictive
-        return SamplingPlan(p.num_samples, p.seed, "monte_carlo", p.design)
+        return _plan_of(self.manifest.predictive)
 
     def encode(self, example: Example, truncate: Truncation = "none") -> EncodedExample:
         """Return one question as token ids; an unknown right label becomes -1.
@@ -425,12 +424,13 @@ class Predictor:
         Raises:
             GoldenProbeError: A probe stores another number of probabilities than there are labels.
         """
+        plan = _plan_of(self.manifest.golden_predictive or self.manifest.predictive)
         differences = [0.0]
         for probe in self.manifest.golden:
             example = parse_row({"id": probe.id, **probe.row}, require_labels=False)
             row = self.encode(example, truncate="end")  # as when the probe was stored
             # Probes were stored before any temperature was known.
-            answer = self.predict([row], label_mass=False, calibrated=False)
+            answer = self.predict([row], plan, label_mass=False, calibrated=False)
             probs = answer.log_probs.double().exp().mean(0)[0]
             stored = torch.tensor(probe.probs, dtype=torch.float64)
             if probs.shape != stored.shape:
@@ -467,6 +467,10 @@ def _on_device(state: AdapterState, device: torch.device, *, whole: bool) -> Ada
         for name, value in state.params.items()
     }
     return replace(state, params=moved)
+
+
+def _plan_of(stored: PredictiveConfig) -> SamplingPlan:
+    return SamplingPlan(stored.num_samples, stored.seed, "monte_carlo", stored.design)
 
 
 def _from(start: int, wanted: Callable[[int], bool]) -> Callable[[int], bool]:

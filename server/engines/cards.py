@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 import torch
 
-from dalorra_core.artifact.calibration_record import Calibration, MeasuredWith
+from dalorra_core.artifact.calibration_record import Calibration, MeasuredWith, PlanEvidence
 from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
 from dalorra_core.calibration.validity import measured_with, void_reason
@@ -19,6 +19,7 @@ from server.ports import (
     CalibrationCard,
     Guarantee,
     Limit,
+    PlanCard,
     Policy,
     PredictionSetRule,
     ReferenceProfile,
@@ -124,6 +125,23 @@ def calibration_card(
         reference=_reference(calibration),
         has_combined=calibration.combined is not None,
         void=void_reason(calibration.measured_with, here, point_method=point_method),
+        plan=None if calibration.plan is None else _plan(calibration.plan),
+    )
+
+
+def _plan(found: PlanEvidence) -> PlanCard:
+    chosen, peer = found.chosen, found.peer
+    return PlanCard(
+        date=found.date,
+        num_samples=found.num_samples,
+        design=found.design,
+        peer_num_samples=peer.num_samples,
+        mean_error=chosen.mean_error,
+        peer_mean_error=peer.mean_error,
+        information_error=chosen.information_error,
+        peer_information_error=peer.information_error,
+        n=found.n,
+        reference=found.reference,
     )
 
 

@@ -8,6 +8,7 @@ Plain Python: neither torch nor pydantic nor FastAPI. An engine turns a ``Questi
 from server.ports.adapters import (
     AdapterCard,
     CalibrationCard,
+    PlanCard,
     PredictionSetRule,
     ReferenceProfile,
     ScoreReference,
@@ -84,6 +85,7 @@ __all__ = [
     "Guarantee",
     "Limit",
     "NotCalibratedError",
+    "PlanCard",
     "Policy",
     "PolicyEvaluation",
     "PredictionSetRule",

@@ -10,6 +10,7 @@ from server.ports.rows import Design, Sampling
 __all__ = [
     "AdapterCard",
     "CalibrationCard",
+    "PlanCard",
     "PredictionSetRule",
     "ReferenceProfile",
     "ScoreReference",
@@ -72,6 +73,35 @@ class ReferenceProfile:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanCard:
+    """Why an adapter is served with its M and design: squared errors beside those of its peer.
+
+    Attributes:
+        date: When it was measured, ISO 8601.
+        num_samples: M.
+        design: How the M samples are drawn together.
+        peer_num_samples: M of the independent samples that it is as good as.
+        mean_error: Of the mean probabilities, summed over the labels.
+        peer_mean_error: The peer's.
+        information_error: Of the mutual information, nats squared.
+        peer_information_error: The peer's.
+        n: Rows it was measured on.
+        reference: Samples that stood for infinitely many.
+    """
+
+    date: str
+    num_samples: int
+    design: Design
+    peer_num_samples: int
+    mean_error: float
+    peer_mean_error: float
+    information_error: float | None
+    peer_information_error: float | None
+    n: int
+    reference: int
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationCard:
     """What calibration found out about an adapter.
 
@@ -85,6 +115,7 @@ class CalibrationCard:
         reference: What drift is measured against.
         has_combined: Whether it stores the weights behind ``RowScores.combined``.
         void: Why its promises do not hold on this server; None when they do.
+        plan: Why it has its M and design; None when nobody measured it.
     """
 
     date: str
@@ -96,6 +127,7 @@ class CalibrationCard:
     reference: ReferenceProfile
     has_combined: bool = False
     void: str | None = None
+    plan: PlanCard | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from server.schemas.receipts import (
     CalibrationSection,
     GuaranteeCard,
     LimitCard,
+    PlanSection,
     PolicyCard,
     PredictionSetsCard,
     Side,
@@ -72,6 +73,7 @@ def calibration_section(calibration: CalibrationCard) -> CalibrationSection:
         prediction_sets=[_prediction_sets(rule) for rule in calibration.prediction_sets],
         uncertified=[UncertifiedCard(**asdict(target)) for target in calibration.uncertified],
         void=calibration.void,
+        plan=None if calibration.plan is None else PlanSection(**asdict(calibration.plan)),
     )
 
 

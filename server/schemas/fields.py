@@ -6,9 +6,11 @@ from typing import Annotated
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    StrictInt,
     StrictStr,
     Tag,
     WithJsonSchema,
@@ -21,6 +23,7 @@ __all__ = [
     "Clean",
     "Name",
     "NonNegative",
+    "NumSamples",
     "Share",
     "Strict",
     "StrictShare",
@@ -52,6 +55,26 @@ def _not_blank(text: str) -> str:
 Clean = Annotated[StrictStr, AfterValidator(_clean)]
 Text = Annotated[StrictStr, AfterValidator(_not_blank)]
 Name = Annotated[StrictStr, AfterValidator(_not_blank), Field(max_length=128)]
+
+
+def _own_number(value: object) -> object:
+    return None if value == "auto" else value
+
+
+NumSamples = Annotated[
+    Annotated[StrictInt, Field(ge=1)] | None,
+    BeforeValidator(_own_number),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "const": "auto"},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+"""M; None, or in a body ``"auto"``, for the adapter's own number."""
 
 
 def string_or_list(value: object) -> str:

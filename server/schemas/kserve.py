@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.ports import Priority
-from server.schemas.fields import Name, Strict, WrappedText, unwrapped
+from server.schemas.fields import Name, NumSamples, Strict, WrappedText, unwrapped
 from server.schemas.receipts import Body
 from server.schemas.responses import ProblemFault
 
@@ -52,7 +52,7 @@ AsJson = Annotated[
 class InferParameters(Strict):
     """What a request may choose; each means what it means for ``/v1/classify``."""
 
-    num_samples: Annotated[StrictInt, Field(ge=1)] | None = None
+    num_samples: NumSamples = None
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
     policy: Name | None = Field(default=None, description="A policy of the adapter, by its name.")
     truncate: Literal["none", "start", "end"] = "none"

@@ -14,6 +14,7 @@ __all__ = [
     "EvaluationResponse",
     "GuaranteeCard",
     "LimitCard",
+    "PlanSection",
     "PolicyCard",
     "PredictionSetsCard",
     "RiskCoverageResponse",
@@ -145,6 +146,25 @@ class UncertifiedCard(Body):
     )
 
 
+class PlanSection(Body):
+    """Why M and the design are what they are: the fewest samples as good as the peer's.
+
+    Squared errors are distances to the answers of infinitely many samples, as estimated; an
+    estimate may fall below zero.
+    """
+
+    date: str
+    num_samples: int
+    design: str
+    peer_num_samples: int = Field(description="So many independent samples are the peer.")
+    mean_error: float = Field(description="Of the probabilities, summed over the labels.")
+    peer_mean_error: float
+    information_error: float | None = Field(description="Of the mutual information, nats squared.")
+    peer_information_error: float | None
+    n: int = Field(description="Rows it was measured on.")
+    reference: int = Field(description="Samples that stood for infinitely many.")
+
+
 class CalibrationSection(Body):
     """What calibration found out about an adapter."""
 
@@ -155,6 +175,9 @@ class CalibrationSection(Body):
     prediction_sets: list[PredictionSetsCard] = Field(description="The first is the one in use.")
     uncertified: list[UncertifiedCard]
     void: str | None = Field(description=_VOID_NOTE)
+    plan: PlanSection | None = Field(
+        description="Null where M and the design were set and not measured."
+    )
 
 
 class RiskPoint(Body):

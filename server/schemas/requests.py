@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from server.ports import ChoiceOption, ChoiceQuestion, Design, Question, TextQuestion
-from server.schemas.fields import LIST_TAG, STRING_TAG, Clean, Name, Strict, Text
+from server.schemas.fields import LIST_TAG, STRING_TAG, Clean, Name, NumSamples, Strict, Text
 from server.schemas.policies import FORM_TAGS, PolicyForm
 from server.schemas.vllm import VllmFields
 
@@ -147,10 +147,11 @@ class ClassifyRequest(VllmFields):
             "are strings (labelled A, B, ...) or `{label, text}`. A list holds one form only."
         )
     )
-    num_samples: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    num_samples: NumSamples = Field(
         default=None,
         description=(
-            "M, the posterior samples that are averaged; the adapter's own number if left out. "
+            "M, the posterior samples that are averaged; `auto`, or left out: the adapter's own "
+            "number, that of its sampling plan where it has one. "
             "Only 1 with `mean_mask` and for methods that do not sample; only the number of "
             "functions where that is fixed, as for an ensemble."
         ),

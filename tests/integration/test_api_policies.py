@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.ports import AdapterCard, Limit, PolicyEvaluation
+from server.ports import AdapterCard, Limit, PlanCard, PolicyEvaluation
 from server.schemas.examples import EVALUATE_EXAMPLES
 from tests.integration.test_api_bad_input import JSON, check_problem
 from tests.support.api import Api, async_test, running
@@ -118,6 +118,50 @@ async def test_another_sampling_has_no_promises(override: dict[str, Any]) -> Non
             assert (claim.target_risk, claim.default_sampling) == (None, False)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_samples": "auto"},
+        {"num_samples": "auto", "design": "iid", "seed": 0},
+        {"num_samples": 4, "design": "iid", "seed": 0, "estimator": "monte_carlo"},
+    ],
+)
+@async_test
+async def test_the_adapters_own_sampling_keeps_its_promises_when_it_is_asked_for(
+    asked: dict[str, Any],
+) -> None:
+    async with running(certified()) as api:
+        body, _ = await decided(api, **asked)
+        left_out, _ = await decided(api)
+        assert body["sampling"] == left_out["sampling"]
+        assert body["sampling"]["num_samples"] == 4
+        assert body["policy"] == left_out["policy"]
+        assert body["policy"]["guarantee"] is not None
+        assert all(row["calibrated"] for row in body["data"])
+
+
+@async_test
+async def test_the_card_shows_the_plan_with_its_evidence() -> None:
+    plan = PlanCard(
+        date="2026-11-30T00:00:00+00:00",
+        num_samples=4,
+        design="stratified",
+        peer_num_samples=10,
+        mean_error=1e-4,
+        peer_mean_error=2e-4,
+        information_error=3e-5,
+        peer_information_error=4e-5,
+        n=64,
+        reference=512,
+    )
+    calibration = replace(CALIBRATION, plan=plan)
+    async with running(certified(calibration=calibration)) as api:
+        card = (await api.client.get("/v1/models/topics")).json()
+        assert card["calibration"]["plan"] == asdict(plan)
+    async with running(certified()) as api:
+        assert (await api.client.get("/v1/models/topics")).json()["calibration"]["plan"] is None
+
+
 @async_test
 async def test_a_policy_without_promises_has_none_to_lose() -> None:
     async with running() as api:
@@ -192,6 +236,7 @@ async def test_the_card_shows_calibration() -> None:
             "prediction_sets": [asdict(rule) for rule in CALIBRATION.prediction_sets],
             "uncertified": [asdict(target) for target in CALIBRATION.uncertified],
             "void": None,
+            "plan": None,
         }
         assert (card["dtype"], card["out_of_scope_label"]) == ("float32", "oos")
         assert card["locked_policy"] is None

@@ -25,6 +25,7 @@ from dalorra_core.metrics.uncertainty import mean_probs
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.training.run import run_training
 from server.cli import app
+from server.engines.cards import adapter_card
 from tests.support.tiny_models import write_jsonl
 from tests.support.tiny_tasks import INTENTS, TinyTask, tiny_config
 
@@ -361,7 +362,11 @@ def test_a_point_method_is_calibrated_without_mutual_information(
     rows = [json.loads(line) for line in lines]
     rows = [*rows[:250], {"id": "long", "text": "what " * 900, "label": rows[0]["label"]}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    result = call("calibrate", adapter, "--data", path, "--base", task.base)
+    command = ("calibrate", adapter, "--data", path, "--base", task.base)
+    planned = call(*command, "--plan")
+    assert planned.exit_code == 1
+    assert "no sampling plan to choose for method mle: it does not sample" in planned.stderr
+    result = call(*command)
     assert result.exit_code == 0, result.output
     assert "left out 1 rows with more than" in result.stderr
     artifact = load_artifact(adapter)
@@ -384,3 +389,107 @@ def test_a_point_method_is_calibrated_without_mutual_information(
     )
     assert refused.exit_code == 1
     assert "all 1 rows have more than" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def planned(
+    calibrated: tuple[Path, Result], task: TinyTask, data: Path, tmp_path_factory: Any
+) -> tuple[Path, Result]:
+    adapter = shutil.copytree(calibrated[0], tmp_path_factory.mktemp("planned") / "adapter")
+    result = calibrate(
+        *(adapter, task, data, "--plan", "--plan-rows", 40, "--plan-reference", 128),
+        *("--target-risk", 0.3, "--out-of-scope-share", 0.1),
+    )
+    assert result.exit_code == 0, result.output
+    return adapter, result
+
+
+def test_the_chosen_plan_is_what_is_served_and_certified(
+    planned: tuple[Path, Result], calibrated: tuple[Path, Result], task: TinyTask
+) -> None:
+    before, after = load_artifact(calibrated[0]), load_artifact(planned[0])
+    record = after.manifest.calibration
+    assert record is not None
+    plan = record.plan
+    assert plan is not None
+    served = after.manifest.predictive
+    assert (served.num_samples, served.design) == (plan.num_samples, plan.design)
+    assert served.seed == before.manifest.predictive.seed
+    assert plan.num_samples <= 10
+    assert plan.chosen.good_enough
+    measured = record.measured_with
+    assert (measured.num_samples, measured.design) == (plan.num_samples, plan.design)
+    for policy in after.manifest.policies:
+        assert policy.chosen_on.num_samples == plan.num_samples
+    assert (plan.n, plan.reference, plan.packs) == (40, 128, 8)
+    assert plan.n_out_of_scope > 0
+    assert [c.estimator for c in plan.candidates[:2]] == ["mean_mask", "monte_carlo"]
+    names = {(c.design, c.num_samples) for c in plan.candidates[1:]}
+    assert names == {(d, m) for d in ("iid", "stratified", "antithetic") for m in range(2, 11)}
+    # the masks that were there are still the same, and so is what the probes were stored under
+    assert after.sha256 == before.sha256
+    predictor = Predictor.load(planned[0], base=str(task.base), device="cpu")
+    assert predictor.self_test() < 1e-5
+    old = Predictor.load(calibrated[0], base=str(task.base), device="cpu")
+    assert predictor.mask_set(old.default_plan) == old.mask_set(old.default_plan)
+    card = adapter_card(predictor, 0.0)
+    assert (card.defaults.num_samples, card.defaults.design) == (plan.num_samples, plan.design)
+    assert card.calibration is not None
+    assert card.calibration.void is None
+    assert card.calibration.plan is not None
+    assert card.calibration.plan.mean_error == plan.chosen.mean_error
+    assert card.calibration.plan.peer_num_samples == 10
+    if served != before.manifest.predictive:
+        assert after.manifest.golden_predictive == before.manifest.predictive
+
+
+def test_what_the_plan_costs_and_why_it_was_chosen_is_shown(
+    planned: tuple[Path, Result],
+) -> None:
+    result, shown = planned[1], call("inspect", planned[0])
+    passes = 128 + 8 * (54 + 10) + 1
+    assert f"measuring the plan: {passes} passes over 40 rows, what 6410 answers" in result.stderr
+    assert f"measuring: {passes * 40} of {passes * 40} row passes" in result.stderr
+    assert "sampling plan: squared errors" in result.stdout
+    assert "mean_mask" in result.stdout
+    for text in (result.stdout, shown.stdout):
+        assert "squared error of the mean probability" in text
+        assert "40 rows (" in text
+    assert "\nplan       M = " in shown.stdout
+
+
+def test_calibrating_without_a_plan_keeps_the_stored_one(
+    planned: tuple[Path, Result], task: TinyTask, data: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(planned[0], tmp_path / "again")
+    result = calibrate(adapter, task, data, "--target-risk", 0.3, "--out-of-scope-share", 0.1)
+    assert result.exit_code == 0, result.output
+    before, after = load_artifact(planned[0]).manifest, load_artifact(adapter).manifest
+    assert before.calibration is not None
+    assert after.calibration is not None
+    assert after.calibration.plan == before.calibration.plan is not None
+    assert after.predictive == before.predictive
+    assert after.golden_predictive == before.golden_predictive
+    assert after.calibration.measured_with == before.calibration.measured_with
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plan", "--plan-reference", 63), "plan_reference must be at least 64, got 63"),
+        (("--plan", "--plan-rows", 7), "plan_rows must be at least 8, got 7"),
+        (("--plan", "--plan-packs", 2), "plan_packs must be at least 8, got 2"),
+        (("--plan-rows", 64), "plan_rows has no effect without --plan"),
+        (("--plan", "--plan-rows", 600), "a plan on 600 rows needs as many in the fit part, got"),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused(
+    calibrated: tuple[Path, Result],
+    task: TinyTask,
+    data: Path,
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    result = calibrate(calibrated[0], task, data, "--dry-run", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
