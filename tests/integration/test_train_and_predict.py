@@ -706,16 +706,17 @@ def test_the_output_projection_runs_once_before_training_and_never_in_it(
     text: TinyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[torch.Size] = []
-    load = module.load_model
+    load = shared_base_module.load_model
 
     def watched(*args: Any) -> Any:
         model: Any = load(*args)
         model.lm_head.register_forward_hook(lambda _, __, out: calls.append(out.shape))
         return model
 
-    monkeypatch.setattr(module, "load_model", watched)
+    monkeypatch.setattr(shared_base_module, "load_model", watched)
     run(tiny_config(text, optim={"steps": 3}), tmp_path)
-    assert calls == [torch.Size([1, 3, VOCABULARY])]  # LabelHead.check_against
+    # LabelHead.check_against, for the trained adapter and for the stored one on the same base
+    assert calls == 2 * [torch.Size([1, 3, VOCABULARY])]
 
 
 def test_no_global_random_state_is_read_or_set(
