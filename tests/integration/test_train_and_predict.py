@@ -36,7 +36,6 @@ from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.predictive import shared_base as shared_base_module
 from dalorra_core.predictive.matching import tokenizer_sha256
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
-from dalorra_core.training import run as module
 from dalorra_core.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from dalorra_core.training.run import run_training
 from dalorra_core.training.settings import TrainConfig
