@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +17,8 @@ from safetensors.torch import load_file, save
 
 from dalorra_core.artifact.placing import place_file
 from dalorra_core.data.collate import EncodedExample
+from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.stem import MAX_BYTES, StemStates, stem_states
-
-if TYPE_CHECKING:
-    from dalorra_core.predictive.forward import LabelModel
 
 __all__ = ["MIN_ROWS", "StemShelf"]
 
@@ -49,7 +46,7 @@ class StemShelf:
         self._directory, self._fingerprint = directory, fingerprint
         self._known: dict[str, StemStates] = {}
 
-    def of(self, model: "LabelModel", rows: Sequence[EncodedExample]) -> StemStates | None:
+    def of(self, model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates | None:
         """Return the states of these rows; None where keeping them gains nothing.
 
         Args:
@@ -69,7 +66,7 @@ class StemShelf:
                 self._known.pop(next(iter(self._known)))
         return found
 
-    def _key(self, model: "LabelModel", rows: Sequence[EncodedExample]) -> str:
+    def _key(self, model: LabelModel, rows: Sequence[EncodedExample]) -> str:
         weight = next(model.trunk.model.parameters())
         text = f"{self._fingerprint}|{weight.dtype}|{weight.device.type}|{model.fold_layer}"
         digest = hashlib.sha256(text.encode())
@@ -81,7 +78,7 @@ class StemShelf:
         return self._directory / f"{key}.safetensors"
 
     def _read(
-        self, key: str, model: "LabelModel", rows: Sequence[EncodedExample]
+        self, key: str, model: LabelModel, rows: Sequence[EncodedExample]
     ) -> StemStates | None:
         weight = model.head.weight
         try:
@@ -94,7 +91,7 @@ class StemShelf:
         return StemStates(flat.split(lengths))
 
     def _made(
-        self, key: str, model: "LabelModel", rows: Sequence[EncodedExample]
+        self, key: str, model: LabelModel, rows: Sequence[EncodedExample]
     ) -> StemStates | None:
         with torch.inference_mode(mode=False), torch.no_grad():  # training will use them too
             found = stem_states(model, rows)
