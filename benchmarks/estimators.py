@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks.hardware import describe_hardware
+from benchmarks.interleaved import interleaved_times
 from dalorra_core.base_models.loading import load_model
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.calibration.estimator_errors import reference_answers
@@ -216,14 +216,7 @@ def _label_answers(
 
 def cost(ways: Mapping[str, Way], repeats: int, rows: int) -> dict[str, Any]:
     """Return median, quartiles and ratio of every way, measured in turn."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()  # warm-up
-    for _ in range(repeats):
-        for name, way in ways.items():
-            began_s = time.perf_counter()
-            way()  # its answer is on the CPU, so a GPU has finished
-            times[name].append(time.perf_counter() - began_s)
+    times = interleaved_times(ways, repeats)
     single = statistics.median(times[DETERMINISTIC])
     return {
         "rows": rows,

@@ -11,13 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from hardware import describe_hardware
+from interleaved import interleaved_times
 
 from dalorra_core.data.readers import read_jsonl
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
@@ -78,16 +78,7 @@ def _loop(predictor: Predictor, plan: SamplingPlan, rows: list[Any]) -> None:
 
 
 def _measure(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, Any]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()  # warm-up
-    for _ in range(repeats):
-        for name, way in ways.items():
-            began_s = time.perf_counter()
-            way()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began_s)
+    times = interleaved_times(ways, repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "median_s": medians,
