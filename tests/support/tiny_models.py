@@ -36,6 +36,7 @@ from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.methods.method import TrainingPoint
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.trunk import Trunk
+from tests.support.reference import every_mask
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "gated_pack",
     "merged_label_logits",
     "point_of",
+    "probs_of_masks",
     "random_rows",
     "save_tiny_base",
     "tiny_adapter",
@@ -256,3 +258,17 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def probs_of_masks(tiny: TinyAdapter, rows: Sequence[EncodedExample]) -> Tensor:
+    """Return the label probabilities of rows under each of the 2^G masks, (2^G, B, C) in float64.
+
+    Without our layers; the masks are in the order of ``every_mask``.
+    """
+    found = []
+    for mask in every_mask(tiny.num_gates):
+        z = torch.tensor(mask).float().view(len(tiny.state.specs), tiny.state.r)
+        gates = {spec.name: z[i] for i, spec in enumerate(tiny.state.specs)}
+        logits = [merged_label_logits(tiny, row.token_ids, gates) for row in rows]
+        found.append(torch.stack(logits).softmax(-1))
+    return torch.stack(found)

@@ -19,7 +19,7 @@ from dalorra_core.config import Design
 from dalorra_core.errors import ConfigError
 from dalorra_core.sampling.designs import DESIGNS, sample_uniforms
 from tests.support.reference import every_mask, mask_probability
-from tests.support.tiny_models import merged_label_logits, random_rows, tiny_adapter
+from tests.support.tiny_models import probs_of_masks, random_rows, tiny_adapter
 
 M, PACKS, REFERENCE, REPEATS = 2, 8, 128, 200
 KEEP = (0.91, 0.3, 0.62, 0.5, 0.75, 0.1)
@@ -29,13 +29,7 @@ KEEP = (0.91, 0.3, 0.62, 0.5, 0.75, 0.1)
 def of_masks() -> Tensor:
     """Return a tiny adapter's probabilities under each of 64 masks, (64, B, C)."""
     tiny = tiny_adapter(r=2, layers=(1, 1))  # six gates
-    found = []
-    for mask in every_mask(tiny.num_gates):
-        z = torch.tensor(mask).float().view(len(tiny.state.specs), tiny.state.r)
-        gates = {spec.name: z[i] for i, spec in enumerate(tiny.state.specs)}
-        logits = [merged_label_logits(tiny, row.token_ids, gates) for row in random_rows((5, 3, 6))]
-        found.append(torch.stack(logits).softmax(-1))
-    return torch.stack(found)
+    return probs_of_masks(tiny, random_rows((5, 3, 6)))
 
 
 def gate_pairs(p: float, design: Design) -> dict[tuple[int, int], float]:

@@ -17,7 +17,7 @@ from dalorra_core.sampling.designs import DESIGNS
 from tests.support.reference import every_mask, mask_probability
 from tests.support.tiny_models import (
     TinyAdapter,
-    merged_label_logits,
+    probs_of_masks,
     random_rows,
     tiny_adapter,
 )
@@ -40,13 +40,7 @@ def tiny() -> TinyAdapter:
 @pytest.fixture(scope="module")
 def of_masks(tiny: TinyAdapter) -> Tensor:
     """Return the label probabilities of three rows under each of the 64 masks, (64, B, C)."""
-    found = []
-    for mask in every_mask(tiny.num_gates):
-        z = torch.tensor(mask).float().view(len(tiny.state.specs), tiny.state.r)
-        gates = {spec.name: z[i] for i, spec in enumerate(tiny.state.specs)}
-        logits = [merged_label_logits(tiny, row.token_ids, gates) for row in random_rows((5, 3, 6))]
-        found.append(torch.stack(logits).softmax(-1))
-    return torch.stack(found)
+    return probs_of_masks(tiny, random_rows((5, 3, 6)))
 
 
 def gates_of(state: AdapterState, draw: Draw) -> Tensor:
