@@ -58,6 +58,8 @@ Name = Annotated[StrictStr, AfterValidator(_not_blank), Field(max_length=128)]
 
 
 def _own_number(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        raise PydanticCustomError("whole_number_or_auto", 'must be a whole number or "auto"')
     return None if value == "auto" else value
 
 

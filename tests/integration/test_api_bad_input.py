@@ -101,7 +101,12 @@ SCHEMA = [
         pointer="#/num_samples",
         says="between 1 and 64",
     ),
-    Bad("samples as text", {"input": "x", "num_samples": "4"}, pointer="#/num_samples"),
+    Bad(
+        "samples as text",
+        {"input": "x", "num_samples": "4"},
+        pointer="#/num_samples",
+        says='whole number or "auto"',
+    ),
     Bad("samples as truth", {"input": "x", "num_samples": True}, pointer="#/num_samples"),
     Bad("samples as a fraction", {"input": "x", "num_samples": 2.0}, pointer="#/num_samples"),
     Bad("negative seed", {"input": "x", "seed": -1}, pointer="#/seed"),
