@@ -3,6 +3,7 @@
 A module's transforms, where it has any, stand around these factors; see ``ModulePack``.
 """
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -27,7 +28,13 @@ def low_rank_delta(h: Tensor, module: ModulePack, num_samples: int, scaling: flo
     Source:
         docs/method.md, eq. (1).
     """
-    u = _rank_features(h, module, num_samples)  # (M*B, ..., r)
+    u = _core_features(h, module, num_samples, scaling)  # (M*B, ..., r)
+    return _apply(u, module.lora_B.to(h.dtype), num_samples)  # (M*B, ..., d_out)
+
+
+def _core_features(h: Tensor, module: ModulePack, num_samples: int, scaling: float) -> Tensor:
+    """Return ``s * core(z * (A before(h) + beside(h)))``, (M*B, ..., r)."""
+    u = _rank_features(h, module, num_samples)
     before_core = scaling if module.core is None else 1.0  # a core need not be linear
     if module.z is None:
         u = u * before_core
@@ -38,7 +45,7 @@ def low_rank_delta(h: Tensor, module: ModulePack, num_samples: int, scaling: flo
         u = (unfold(u, num_samples) * gate.view(shape)).flatten(0, 1)
     if module.core is not None:
         u = module.core(unfold(u, num_samples)).flatten(0, 1) * scaling
-    return _apply(u, module.lora_B.to(h.dtype), num_samples)  # (M*B, ..., d_out)
+    return u
 
 
 def _rank_features(h: Tensor, module: ModulePack, num_samples: int) -> Tensor:
@@ -93,7 +100,23 @@ def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
     """Return ``out`` with one pack's part added to its rows; changes ``out`` when not all are."""
     module, m, scaling, rows = loan
     if rows is None:
-        return out + low_rank_delta(h, module, m, scaling)
+        return _plus_up(out, _core_features(h, module, m, scaling), module.lora_B, m)
     own = unfold(h, m)[:, rows].flatten(0, 1)  # (M*B_g, ..., d_in)
     unfold(out, m)[:, rows] += unfold(low_rank_delta(own, module, m, scaling), m)
     return out
+
+
+def _plus_up(out: Tensor, u: Tensor, up: Tensor, num_samples: int) -> Tensor:
+    """Return ``out + B_m u`` from one product that begins at ``out``, (M*B, ..., d_out).
+
+    What it adds never stands in memory by itself, and without gradients neither does a copy of
+    ``out``: on a CPU such passes over activations cost more than the product.
+    """
+    u, up = u.to(out.dtype), up.to(out.dtype).transpose(1, 2)  # (1 or M, r, d_out)
+    if len(up) == 1:
+        rows, product = out.view(-1, out.shape[-1]), torch.addmm
+        if not torch.is_grad_enabled():
+            product = Tensor.addmm_
+        return product(rows, u.flatten(0, -2), up[0]).view(out.shape)
+    rows = unfold(out, num_samples).flatten(1, -2)  # (M, B*..., d_out)
+    return torch.baddbmm(rows, unfold(u, num_samples).flatten(1, -2), up).view(out.shape)
