@@ -346,6 +346,7 @@ def _make_engine(settings: Settings) -> Engine:
         base=settings.base,
         device=settings.device,
         dtype=settings.dtype,
+        pass_memory_mb=settings.pass_memory_mb,
         deterministic=settings.deterministic,
         trusted_keys=settings.trusted_keys,
     )

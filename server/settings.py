@@ -25,6 +25,13 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Precision of the base model's weights and activations."
     )
+    pass_memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        description="MiB that the activations of one forward pass may take, beside weights and "
+        "adapters: larger batches go in several passes. Left to the device if unset: 512 tokens "
+        "times samples on a CPU, 65,536 on a GPU.",
+    )
     deterministic: bool = Field(
         default=False, description="Run every row alone, so that answers are equal bit for bit."
     )

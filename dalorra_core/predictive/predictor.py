@@ -35,7 +35,7 @@ from dalorra_core.predictive.plan import (
     KeptPacks,
     SamplingPlan,
 )
-from dalorra_core.predictive.scoring import Prediction, joined, padded_token_limit, score_rows
+from dalorra_core.predictive.scoring import Prediction, joined, score_rows
 from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.predictive.tempering import pooled, tempered
@@ -68,7 +68,7 @@ class Predictor:
         self.artifact, self.manifest = artifact, manifest
         self.device, self.dtype, self.deterministic = base.device, base.dtype, deterministic
         self.method = METHODS[manifest.method.name]
-        self.max_padded_tokens = max_padded_tokens or padded_token_limit(base.device)
+        self.max_padded_tokens = max_padded_tokens or base.pass_tokens
         state = state_of(artifact)
         whole = self.method.logit_covariance is not None  # which asks for all of it every time
         self._state = _on_device(state, base.device, whole=whole)

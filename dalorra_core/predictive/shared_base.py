@@ -10,6 +10,8 @@ from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.predictive.matching import BaseIdentity, tokenizer_sha256
+from dalorra_core.predictive.memory import tokens_within
+from dalorra_core.predictive.scoring import padded_token_limit
 from dalorra_core.predictive.trunk import Trunk
 
 __all__ = ["SharedBase", "identify"]
@@ -38,6 +40,8 @@ class SharedBase:
         tokenizer: Its tokenizer; used by several threads at once.
         device: Where the model is.
         dtype: Its precision.
+        pass_tokens: Padded tokens (M * B * T) of one forward pass at most; one sample of one row
+            always goes through.
     """
 
     identity: BaseIdentity
@@ -45,6 +49,7 @@ class SharedBase:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    pass_tokens: int
 
     @classmethod
     def load(
@@ -54,6 +59,7 @@ class SharedBase:
         device: str = "auto",
         dtype: str = "auto",
         attention: Literal["sdpa", "eager"] = "sdpa",
+        pass_memory_mb: int | None = None,
     ) -> Self:
         """Load a base model and its tokenizer.
 
@@ -62,6 +68,8 @@ class SharedBase:
             device: auto, cpu, cuda or cuda:N.
             dtype: auto, float32 or bfloat16.
             attention: sdpa or eager.
+            pass_memory_mb: MiB that the activations of a forward pass may take; None leaves its
+                size to the device.
 
         Raises:
             BaseModelError: If it cannot be read.
@@ -71,4 +79,7 @@ class SharedBase:
         model = load_model(identity.directory, where, pick_dtype(dtype, where), attention)
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
-        return cls(identity, Trunk(model), tokenizer, where, real)
+        most = padded_token_limit(where)
+        if pass_memory_mb is not None:
+            most = min(most, tokens_within(model, pass_memory_mb))
+        return cls(identity, Trunk(model), tokenizer, where, real, most)

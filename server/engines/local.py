@@ -49,13 +49,14 @@ __all__ = ["LocalEngine"]
 class LocalEngine:
     """See ``server.ports.Engine``."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  each a setting of the server
         self,
         adapters: Sequence[Path],
         *,
         base: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        pass_memory_mb: int | None = None,
         deterministic: bool = False,
         trusted_keys: Path | None = None,
     ) -> None:
@@ -66,12 +67,14 @@ class LocalEngine:
             base: Base model directory, hub id or alias; None takes the first adapter's.
             device: auto, cpu, cuda or cuda:N.
             dtype: Of the base model: auto, float32 or bfloat16.
+            pass_memory_mb: MiB that the activations of a forward pass may take; None leaves its
+                size to the device.
             deterministic: Answer each row alone, so equal questions give bitwise equal answers.
             trusted_keys: Serve only what one of these keys signed; None asks for no signature.
         """
         self._adapters = tuple(adapters)
         self._base_name = base
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._pass_memory_mb = device, dtype, pass_memory_mb
         self._deterministic = deterministic
         self._trusted_keys = trusted_keys
         self._is_open = False
@@ -83,8 +86,9 @@ class LocalEngine:
 
     @property
     def preferred_batch_tokens(self) -> int:
-        """What one fused forward takes at most on this device."""
-        return padded_token_limit(pick_device(self._device))
+        """What one fused forward takes at most; without a base, what is usual on the device."""
+        base = self._base
+        return padded_token_limit(pick_device(self._device)) if base is None else base.pass_tokens
 
     @property
     def worthwhile_padding(self) -> float:
@@ -267,7 +271,12 @@ class LocalEngine:
         identity = identify(name)
         if artifact is not None:
             check_base(artifact, identity)
-        return SharedBase.load(identity, device=self._device, dtype=self._dtype)
+        return SharedBase.load(
+            identity,
+            device=self._device,
+            dtype=self._dtype,
+            pass_memory_mb=self._pass_memory_mb,
+        )
 
 
 _ROW_ID = "request"  # the core names rows in its errors; a client knows its own by their pointer
