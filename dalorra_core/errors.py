@@ -17,7 +17,8 @@ found, so that a person can act on it without reading code::
         ├── ArtifactUnsafeError     pickle or another executable format
         ├── ArtifactUntrustedError  no trusted key signed what is there
         ├── BaseMismatchError       trained on another base model (both fingerprints are named)
-        └── GoldenProbeError        loads, but does not reproduce its stored probabilities
+        ├── GoldenProbeError        loads, but does not reproduce its stored probabilities
+        └── ParityError             exported, but answers otherwise in the other program
 """
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GoldenProbeError",
     "InputError",
     "InputTooLongError",
+    "ParityError",
     "RowMemoryError",
 ]
 
@@ -117,3 +119,7 @@ class BaseMismatchError(ArtifactError):
 
 class GoldenProbeError(ArtifactError):
     """The adapter loads but does not reproduce the probabilities stored with it."""
+
+
+class ParityError(ArtifactError):
+    """An exported adapter, loaded by another program, does not answer as ours does."""

@@ -18,6 +18,7 @@ __all__ = [
     "decoder_of",
     "find_targets",
     "inject",
+    "lm_head_name_of",
     "lm_head_of",
     "num_layers_of",
 ]
@@ -61,6 +62,12 @@ def lm_head_of(model: Any) -> nn.Linear:
             f"{type(model).__name__} has no linear output projection (found {type(head).__name__})"
         )
     return head
+
+
+def lm_head_name_of(model: nn.Module) -> str:
+    """Return what a causal LM calls its output projection, as a path in the model."""
+    head = lm_head_of(model)
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def num_layers_of(model: nn.Module) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "Artifact",
     "load_artifact",
     "manifest_bytes",
+    "read_file",
     "read_manifest",
 ]
 
@@ -98,6 +99,27 @@ def read_manifest(directory: Path) -> Manifest:
         ArtifactCorruptError: It was changed, or is none.
     """
     return _read_manifest(directory)[0]
+
+
+def read_file(path: Path, largest: int | None = None) -> bytes:
+    """Return the content of a file that may come from anywhere.
+
+    Args:
+        path: The file.
+        largest: Most bytes that it may have; None for any number.
+
+    Raises:
+        ArtifactMissingFileError: It cannot be read.
+        ArtifactCorruptError: It is larger.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read() if largest is None else file.read(largest + 1)
+    except OSError as error:
+        raise ArtifactMissingFileError(f"{path} cannot be read: {error.strerror}") from None
+    if largest is not None and len(content) > largest:
+        raise ArtifactCorruptError(f"{path} must have at most {largest} bytes")
+    return content
 
 
 def manifest_bytes(values: Mapping[str, Any]) -> bytes:
