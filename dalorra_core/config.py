@@ -55,6 +55,11 @@ class AdapterConfig(Settings, frozen=True):
         default=None,
         description="First and last decoder layer to adapt, from 0, both included; null: all.",
     )
+    start: str | None = Field(
+        default=None,
+        description="Directory of a PEFT LoRA whose A and B training starts from; null: A random, "
+        "B zero.",
+    )
 
     @property
     def scaling(self) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "decoder_of",
     "find_targets",
     "inject",
+    "linear_layers",
     "lm_head_name_of",
     "lm_head_of",
     "num_layers_of",
@@ -98,10 +99,10 @@ def find_targets(
             f"adapter.layers must satisfy 0 <= first <= last <= {total - 1} for this base model, "
             f"got {first}..{last}"
         )
-    found = [s for s in _linear_layers(model) if s.name.rpartition(".")[2] in wanted]
+    found = [s for s in linear_layers(model) if s.name.rpartition(".")[2] in wanted]
     matched = {s.name.rpartition(".")[2] for s in found}
     if missing := sorted(set(wanted) - matched):
-        known = sorted({s.name.rpartition(".")[2] for s in _linear_layers(model)} | {LM_HEAD})
+        known = sorted({s.name.rpartition(".")[2] for s in linear_layers(model)} | {LM_HEAD})
         raise ConfigError(
             f"adapter.target_modules names {', '.join(missing)}, which this base model does not "
             f"have; it has {', '.join(known)}"
@@ -113,7 +114,7 @@ def find_targets(
     return specs
 
 
-def _linear_layers(model: nn.Module) -> Iterator[TargetSpec]:
+def linear_layers(model: nn.Module) -> Iterator[TargetSpec]:
     """Yield the model's own linear layers, whether another adapter has adapted them or not."""
     adapted = {id(m.base) for m in model.modules() if isinstance(m, AdaptedLinear)}
     for name, module in model.named_modules():

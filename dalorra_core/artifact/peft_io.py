@@ -29,6 +29,7 @@ __all__ = [
     "PEFT_CONFIG_FILE",
     "PEFT_TENSOR_FILE",
     "VLLM_RANKS",
+    "peft_sha256",
     "read_peft",
     "write_peft",
 ]
@@ -173,6 +174,18 @@ def read_peft(directory: Path) -> PlainLora:
         down[:own], up[:, :own] = factors.down, factors.up * (scales[name] / scaling)
         modules[name] = Factors(down, up)
     return PlainLora(r, scaling, modules)
+
+
+def peft_sha256(directory: Path) -> str:
+    """Return the sha256 of the tensors and the configuration of a PEFT directory.
+
+    Raises:
+        ArtifactMissingFileError: One of them is not there.
+    """
+    digest = hashlib.sha256()
+    for name in (PEFT_TENSOR_FILE, PEFT_CONFIG_FILE):
+        digest.update(hashlib.sha256(read_file(directory / name)).digest())
+    return digest.hexdigest()
 
 
 def _config(directory: Path) -> Mapping[str, Any]:

@@ -43,27 +43,40 @@ SIGNATURE_FILE = "signature.json"
 _CALIBRATION_FILES = "calibration-*.safetensors"
 
 
-def pack_tensors(params: Mapping[str, Tensor]) -> bytes:
+def pack_tensors(params: Mapping[str, Tensor], *, exact: bool = False) -> bytes:
     """Return parameters as safetensors bytes: factors in bfloat16, everything else in float32.
 
     The factors are most of the size and tolerate rounding; gate logits are a few hundred numbers
     whose rounding would move keep probabilities.
+
+    Args:
+        params: Parameters by their artifact names.
+        exact: Keep a factor in float32 where bfloat16 would change it: for an adapter that has
+            answered in float32 before and is to answer the same.
     """
     return dump_tensors(
         {
-            name: value.detach().cpu().to(_stored_dtype(name)).contiguous()
+            name: value.detach().cpu().to(_stored_dtype(name, value, exact=exact)).contiguous()
             for name, value in sorted(params.items())
         }
     )
 
 
-def as_stored(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_stored(params: Mapping[str, Tensor], *, exact: bool = False) -> dict[str, Tensor]:
     """Return parameters in float32 with the values that they have once stored and read again."""
-    return {name: value.detach().to(_stored_dtype(name)).float() for name, value in params.items()}
+    return {
+        name: value.detach().to(_stored_dtype(name, value, exact=exact)).float()
+        for name, value in params.items()
+    }
 
 
-def _stored_dtype(name: str) -> torch.dtype:
-    return torch.bfloat16 if name.endswith((".lora_A", ".lora_B")) else torch.float32
+def _stored_dtype(name: str, value: Tensor, *, exact: bool) -> torch.dtype:
+    if not name.endswith((".lora_A", ".lora_B")):
+        return torch.float32
+    whole = value.detach().float()
+    if exact and not torch.equal(whole.bfloat16().float(), whole):
+        return torch.float32
+    return torch.bfloat16
 
 
 def calibration_file_name(content: bytes) -> str:

@@ -10,8 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dalorra_core.artifact.peft_io import peft_sha256
 from dalorra_core.bench.grid import Cell, EvaluationSettings, Grid, Predictive
 from dalorra_core.config import DataConfig
 from dalorra_core.data.examples import ChoiceExample, Example
@@ -200,6 +202,9 @@ def run_key(config: TrainConfig, data: TaskData, base: BaseIdentity) -> str:
     """
     settings = config.model_dump(mode="json")
     del settings["name"], settings["base"], settings["data"]["root"]
+    start = settings["adapter"].pop("start")
+    if start is not None:  # keys of before there was such a setting stay what they were
+        settings["adapter"]["start"] = peft_sha256(Path(start))
     return _digest(
         {
             "format": FORMAT,

@@ -23,13 +23,19 @@ def check_is_fitted(config: TrainConfig) -> None:
     """Refuse to start from an adapter where nothing would be done with it.
 
     Raises:
-        ConfigError: The method trains its parameters itself and fits nothing afterwards.
+        ConfigError: The method trains its parameters itself and fits nothing afterwards, or
+            the factors to start from are given twice.
     """
     if METHODS[config.method.name].fit is None:
         fitted = sorted(name for name, method in METHODS.items() if method.fit is not None)
         raise ConfigError(
             "--from-adapter is for methods that are fitted after training "
             f"({', '.join(fitted)}), got method {config.method.name}"
+        )
+    if config.adapter.start is not None:
+        raise ConfigError(
+            "adapter.start must be null with --from-adapter, which trains nothing, got "
+            f"{config.adapter.start!r}"
         )
 
 

@@ -99,6 +99,8 @@ def _provenance(
     settings = config.model_dump(mode="json")
     settings["data"]["source"] = Path(config.data.source).name  # a name, not a place on a disk
     settings["data"]["root"] = Path(config.data.root).name
+    if config.adapter.start is not None:
+        settings["adapter"]["start"] = Path(config.adapter.start).name
     settings["base"] = Path(config.base).name if Path(config.base).is_dir() else config.base
     return {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),

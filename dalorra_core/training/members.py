@@ -5,7 +5,7 @@ that is fitted after training trains as another one first.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def train_members(  # noqa: PLR0913
     base: str,
     resume: bool,
     report: Callable[[str], None],
+    start: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Run the training loop as often as the method asks and return the whole adapter.
 
@@ -66,6 +67,7 @@ def train_members(  # noqa: PLR0913
         base: Fingerprint of the base model.
         resume: Continue from the newest checkpoints.
         report: Called with lines for the user.
+        start: Factors that every member starts from; None draws them.
     """
     method = METHODS[config.method.name]
     members = method.members(config.method)
@@ -87,6 +89,7 @@ def train_members(  # noqa: PLR0913
             num_examples=len(data.train),
             seed=seed,
             num_processes=accelerator.num_processes,
+            start=start,
         ).to(label_model.head.weight.device)
         label = f", member {member + 1} of {members}" if members > 1 else ""
         report(_opening(config, data, module) + label)
@@ -111,18 +114,28 @@ def fit_after_training(
     config: TrainConfig,
     result: TrainingResult,
     report: Callable[[str], None],
+    *,
+    exact: bool = False,
 ) -> TrainingResult:
     """Return the result with what the method fits once the parameters are trained, if it does.
 
     The fit sees the parameters as they will be stored, so that it makes no difference whether they
     were just trained or read from an artifact.
+
+    Args:
+        label_model: The frozen model with adapted layers.
+        data: Encoded rows.
+        config: The run.
+        result: The trained parameters.
+        report: Called with lines for the user.
+        exact: They will be stored without rounding; see ``pack_tensors``.
     """
     method = METHODS[config.method.name]
     if method.fit is None:
         return result
     started = time.monotonic()
     device = label_model.head.weight.device
-    params = {k: v.to(device) for k, v in as_stored(result.state.params).items()}
+    params = {k: v.to(device) for k, v in as_stored(result.state.params, exact=exact).items()}
     state = replace(result.state, params=params)
     found = method.fit(state, config.method, _fit_context(label_model, state, data, config, report))
     fitted = {name: value.detach().cpu() for name, value in found.items()}

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from dalorra_core.adapters.inject import TargetSpec, find_targets
 from dalorra_core.adapters.state import label_rows_only
+from dalorra_core.artifact.peft_io import peft_sha256
 from dalorra_core.artifact.store import load_artifact, pack_tensors, save_artifact
 from dalorra_core.base_models.loading import load_tokenizer, pick_device, pick_dtype
 from dalorra_core.errors import ConfigError
@@ -20,6 +21,7 @@ from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.training.existing import check_is_fitted, load_trained
 from dalorra_core.training.finishing import finished, manifest_of
 from dalorra_core.training.members import fit_after_training, train_members
+from dalorra_core.training.peft_factors import starting_factors
 from dalorra_core.training.prepare import TrainingData, prepare_training_data
 from dalorra_core.training.settings import TrainConfig
 
@@ -72,7 +74,10 @@ def run_training(  # noqa: PLR0913  options by name
         )
     label_model, specs = _build(config, base, data)
     METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
+    start = starting_factors(config.adapter, base.trunk.model, specs, data.label_set.token_ids)
     origin: dict[str, JsonValue] = {}
+    if config.adapter.start is not None:
+        origin = {"start": {"sha256": peft_sha256(Path(config.adapter.start))}}
     run_dir.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config, run_dir)
     kept_stem_states(label_model, data.train)  # where they are shared, they are no part of a run
@@ -87,6 +92,7 @@ def run_training(  # noqa: PLR0913  options by name
             base=identity.fingerprint,
             resume=resume,
             report=report,
+            start=start,
         )
     else:
         stored, result = load_trained(from_adapter, config, identity, data, specs)

@@ -11,6 +11,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.config import AdapterConfig, MethodSettings, OptimConfig
 from dalorra_core.data.collate import TokenBatch
+from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS, Method
 from dalorra_core.methods.method import Draw, TrainingPoint
 from dalorra_core.objectives.elbo import KlTerm, mean_nll, neg_elbo
@@ -57,6 +58,7 @@ class TrainStep(nn.Module):
         num_examples: int,
         seed: int,
         num_processes: int = 1,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.label_model = model
@@ -66,6 +68,12 @@ class TrainStep(nn.Module):
         self._optim, self._num_examples, self._seed = optim, num_examples, seed
         self._num_processes = num_processes
         initial = self.method.init(specs, adapter.r, seed, method_config)
+        if missing := sorted((start or {}).keys() - initial.keys()):
+            raise ConfigError(
+                f"adapter.start must be null for method {method_config.name}, which trains no "
+                f"{missing[0]}, got {adapter.start!r}"
+            )
+        initial |= start or {}
         self.adapter = nn.ParameterDict(
             {name.replace(".", _SEPARATOR): nn.Parameter(value) for name, value in initial.items()}
         )
