@@ -16,14 +16,18 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.hardware import describe_hardware
 from benchmarks.interleaved import interleaved_times
+from dalorra_core.adapters.inject import lm_head_name_of, lm_head_of
+from dalorra_core.adapters.plain_lora import plain_loras, with_full_head
+from dalorra_core.artifact.peft_io import write_peft
 from dalorra_core.base_models.loading import load_model
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.calibration.estimator_errors import reference_answers
@@ -31,7 +35,6 @@ from dalorra_core.calibration.plan_measurement import check_plannable, measure_a
 from dalorra_core.calibration.sampling_plan import PlanRequest, choose_plan, mean_mask_row
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.data.readers import read_jsonl
-from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.uncertainty import mean_probs
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 
@@ -134,7 +137,7 @@ def peer_ways(
     """Return the peers, and ours at their M, under the same masks.
 
     Raises:
-        ConfigError: The method's samples are more than gates, which PEFT's adapters cannot hold.
+        ConfigError: The method's samples are more than plain LoRA.
     """
     m = options.peer_samples
     peer, ids = masked_peft(predictor, m, options.base)
@@ -152,37 +155,26 @@ def peer_ways(
 def masked_peft(predictor: Predictor, num_samples: int, base: str | None) -> tuple[Any, Tensor]:
     """Return a PEFT model with one adapter for each mask, and the label tokens (C,).
 
-    Adapter m has the columns of B that its mask keeps. B of an output projection has the rows of
-    the labels and zeros elsewhere, since only those are trained.
+    The adapters are those of ``dalorra export --mask samples:M``, at the adapter's own rank.
+
+    Raises:
+        ConfigError: The method's samples are more than plain LoRA.
     """
-    manifest = predictor.manifest
-    pack = predictor.pack(SamplingPlan(num_samples))
+    manifest, model = predictor.manifest, predictor.model.trunk.model
+    tokens, head = manifest.labels.token_ids, lm_head_name_of(model)
+    num_tokens = lm_head_of(model).out_features
     path = resolve_base_model(base if base is not None else manifest.base.id)
-    alpha: Any = manifest.lora_alpha  # PEFT divides it by r; its type says int
-    names = [module.name for module in manifest.modules]
-    config = LoraConfig(r=manifest.r, lora_alpha=alpha, target_modules=names)
-    with warnings.catch_warnings():
+    peer: Any = load_model(path, predictor.device, predictor.dtype)
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of tied heads; nothing is merged here
-        peer: Any = get_peft_model(
-            load_model(path, predictor.device, predictor.dtype), config, "m0"
-        )
-        for m in range(1, num_samples):
-            peer.add_adapter(f"m{m}", config)
-    ids = torch.tensor(manifest.labels.token_ids, device=predictor.device)
-    tensors = predictor.artifact.tensors
-    for module in manifest.modules:
-        gates = pack.modules[module.name].z
-        if gates is None or gates.dim() != 2:  # noqa: PLR2004  (M, r)
-            raise ConfigError(f"method {manifest.method.name} has no gates to export to PEFT")
-        layer = peer.base_model.model.get_submodule(module.name)
-        up = tensors[f"{module.name}.lora_B"].to(predictor.device)
-        places = ids if module.name == "lm_head" else slice(None)
-        for m in range(num_samples):
-            with torch.no_grad():
-                layer.lora_A[f"m{m}"].weight.copy_(tensors[f"{module.name}.lora_A"])
-                layer.lora_B[f"m{m}"].weight.zero_()
-                layer.lora_B[f"m{m}"].weight[places] = (up * gates[m]).to(predictor.dtype)
-    return peer.eval(), ids
+        for m, lora in enumerate(plain_loras(predictor.pack(SamplingPlan(num_samples)))):
+            place = Path(folder) / f"m{m}"
+            write_peft(place, with_full_head(lora, tokens, num_tokens, head), manifest.base.id)
+            if m == 0:
+                peer = PeftModel.from_pretrained(peer, str(place), f"m{m}")
+            else:
+                peer.load_adapter(str(place), f"m{m}")
+    return peer.eval(), torch.tensor(tokens, device=predictor.device)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from dalorra_core.artifact import placing
 from dalorra_core.artifact.manifest import manifest_digest
@@ -18,6 +18,7 @@ from dalorra_core.artifact.reading import read_manifest
 from dalorra_core.artifact.store import (
     ADAPTER_FILE,
     MANIFEST_FILE,
+    as_stored,
     load_artifact,
     pack_tensors,
     save_artifact,
@@ -68,6 +69,19 @@ def test_factors_are_stored_in_bfloat16_and_gate_logits_in_float32(artifact: Pat
     stored = load_file(artifact / ADAPTER_FILE)
     assert stored.pop("phi").dtype == torch.float32
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+
+
+def test_exact_factors_are_kept_in_float32_where_bfloat16_would_change_them() -> None:
+    params = tiny_params()
+    name, other = [name for name in params if name.endswith("lora_B")][:2]
+    params[name] = params[name].bfloat16().float()
+    params[other] = params[other] + 1e-5
+    stored = load(pack_tensors(params, exact=True))
+    assert (stored[name].dtype, stored[other].dtype) == (torch.bfloat16, torch.float32)
+    for kept in (stored, as_stored(params, exact=True)):
+        for key, value in params.items():
+            assert torch.equal(kept[key].float(), value)
+    assert not torch.equal(as_stored(params)[other], params[other])
 
 
 def test_saving_again_changes_no_byte(artifact: Path, tmp_path: Path) -> None:

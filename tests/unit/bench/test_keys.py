@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dalorra_core.adapters.plain_lora import Factors, PlainLora
+from dalorra_core.artifact.peft_io import write_peft
 from dalorra_core.bench import keys
 from dalorra_core.bench.grid import EvaluationSettings, Predictive, cells, read_grid
 from dalorra_core.bench.keys import Job, Planned, plan_jobs, rows_sha256, spaced
@@ -91,6 +94,25 @@ def test_other_seeds_rows_and_base_models_are_other_runs(
         assert plan(methods=one_method(), at=copy)[0][0].key != before, split
         file.write_text(text)
     assert plan(methods=one_method(), at=copy)[0][0].key == before
+
+
+def test_a_start_counts_by_its_content_and_none_changes_no_key(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(start: Path | None) -> str:
+        adapter = {"r": 2, "lora_alpha": 4, "start": None if start is None else str(start)}
+        return plan(methods=one_method(adapter=adapter))[0][0].key
+
+    factors = Factors(torch.ones(2, 3), torch.ones(4, 2))
+    for name, scaling in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        write_peft(tmp_path / name, PlainLora(2, scaling, {"q": factors}), "base")
+    found = [key(start) for start in (tmp_path / "a", tmp_path / "b", tmp_path / "c", None)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    digests: list[dict[str, Any]] = []
+    monkeypatch.setattr(keys, "_digest", lambda values: digests.append(values) or "0" * 16)
+    key(None)
+    assert "start" not in digests[0]["settings"]["adapter"]
 
 
 def test_labels_places_and_test_sets_do_not_train_again(
