@@ -92,12 +92,13 @@ def export_command(  # noqa: PLR0913, PLR0917  one parameter per option
         if format_ != "peft":
             raise ConfigError(f"format must be peft, got {format_!r}")
         kind, num_samples = parse_mask(mask)
+        loader = _engine(engine)
         if kind != "samples" and (design is not None or seed is not None):
             raise ConfigError(f"design and seed must be left out with mask {kind}")
         check_output(output)
         predictor = Predictor.load(adapter, base=base, device=device, dtype=dtype)
         plan = plan_from(predictor, num_samples, seed, "monte_carlo", design)
-        exported = prepare_export(predictor, kind, plan, _engine(engine))
+        exported = prepare_export(predictor, kind, plan, loader)
         expected = _expected(predictor, exported, texts, base) if verify else None
         del predictor  # the base model is loaded once more to be compared with, not twice at once
         record = write_export(exported, output, expected)

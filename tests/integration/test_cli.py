@@ -52,7 +52,8 @@ def adapter(task: TinyTask, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "evaluate", "calibrate", "predict", "inspect", "serve"]
+    "command",
+    ["train", "evaluate", "calibrate", "predict", "inspect", "export", "import", "serve"],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = call(command, "--help")
