@@ -29,6 +29,7 @@ __all__ = [
     "PEFT_CONFIG_FILE",
     "PEFT_TENSOR_FILE",
     "VLLM_RANKS",
+    "copied_weights",
     "peft_sha256",
     "read_peft",
     "write_peft",
@@ -46,6 +47,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 MOST_RANK = 512
 
 _KEY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]+)\.lora_([AB])\.weight")
+_COPY = re.compile(r"base_model\.model\.([A-Za-z0-9_.]+)\.base_layer\.weight")
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt")
 _LARGEST_CONFIG = 1 << 20
 _MOST_ALPHA = 1e9
@@ -138,8 +140,9 @@ def _alpha(lora: PlainLora) -> tuple[int, float]:
 def read_peft(directory: Path) -> PlainLora:
     """Return the adapter of a PEFT directory as factors of one rank and one scale.
 
-    Modules of different ranks are filled up with zeros to the largest; where they differ in scale
-    (``alpha_pattern``), B takes the difference.
+    Copies of the base model's weights are left out; ``copied_weights`` has them. Modules of
+    different ranks are filled up with zeros to the largest; where they differ in scale, B takes
+    the difference.
 
     Args:
         directory: Of unknown origin.
@@ -174,6 +177,23 @@ def read_peft(directory: Path) -> PlainLora:
         down[:own], up[:, :own] = factors.down, factors.up * (scales[name] / scaling)
         modules[name] = Factors(down, up)
     return PlainLora(r, scaling, modules)
+
+
+def copied_weights(directory: Path) -> dict[str, Tensor]:
+    """Return what a PEFT directory holds of the base model itself: module path to its weight.
+
+    PEFT stores the weight of an adapted output projection beside its factors. It is the base
+    model's own, unless that was trained too.
+
+    Raises:
+        ArtifactMissingFileError, ArtifactCorruptError: See ``read_peft``.
+    """
+    found = {}
+    for key, value in _tensors(directory / PEFT_TENSOR_FILE).items():
+        parts = _COPY.fullmatch(key)
+        if parts is not None:
+            found[parts[1]] = value
+    return found
 
 
 def peft_sha256(directory: Path) -> str:
@@ -239,12 +259,11 @@ def _refused(config: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
 def _pairs(directory: Path) -> Iterator[tuple[str, Factors]]:
     """Yield the modules in the order of their names, with factors that fit each other."""
     path = directory / PEFT_TENSOR_FILE
-    try:
-        tensors = load_tensors(read_file(path))
-    except SafetensorError as error:
-        raise ArtifactCorruptError(f"{path} cannot be read: {error}") from None
+    tensors = _tensors(path)
     found: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
+        if _COPY.fullmatch(key):
+            continue
         parts = _KEY.fullmatch(key)
         if parts is None:
             raise ArtifactError(
@@ -255,6 +274,13 @@ def _pairs(directory: Path) -> Iterator[tuple[str, Factors]]:
         if len(pair) < 2:  # noqa: PLR2004  A and B
             raise ArtifactCorruptError(f"{path}: module {name} has lora_{next(iter(pair))} alone")
         yield name, _fitting(path, name, pair["A"], pair["B"])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(read_file(path))
+    except SafetensorError as error:
+        raise ArtifactCorruptError(f"{path} cannot be read: {error}") from None
 
 
 def _fitting(path: Path, name: str, down: Tensor, up: Tensor) -> Factors:

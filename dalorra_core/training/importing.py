@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from dalorra_core.adapters.inject import TargetSpec
-from dalorra_core.adapters.plain_lora import PlainLora, trimmed
+from dalorra_core.adapters.plain_lora import PlainLora
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.peft_io import peft_sha256, read_peft
 from dalorra_core.artifact.placing import scratch_directory
@@ -28,7 +28,7 @@ from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.training.finishing import finished, manifest_of
 from dalorra_core.training.loop import TrainingResult
 from dalorra_core.training.members import fit_after_training
-from dalorra_core.training.peft_factors import factors_for, specs_of
+from dalorra_core.training.peft_factors import factors_for, read_lora, specs_of
 from dalorra_core.training.prepare import TrainingData, prepare_training_data
 from dalorra_core.training.settings import TrainConfig
 
@@ -71,19 +71,19 @@ def import_peft(
     check_is_plain(config)
     if output.exists() and not overwrite:
         raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
-    lora = trimmed(read_peft(directory))
-    report(
-        f"{directory}: {len(lora.modules)} modules, r {lora.r}, lora_alpha "
-        f"{lora.scaling * lora.r:g}"
-    )
+    read_peft(directory)  # before the slow part
     identity = identify(config.base)
     run = config.run
     base = SharedBase.load(
         identity, device=run.device, dtype=run.precision, attention=run.attention
     )
     data = _with_tokens(prepare_training_data(config.data, base.tokenizer), label_tokens)
-    token_ids = data.label_set.token_ids
-    model = base.trunk.model
+    token_ids, model = data.label_set.token_ids, base.trunk.model
+    lora = read_lora(directory, model)
+    report(
+        f"{directory}: {len(lora.modules)} modules, r {lora.r}, lora_alpha "
+        f"{lora.scaling * lora.r:g}"
+    )
     specs = specs_of(model, lora, len(token_ids))
     params = factors_for(model, lora, specs, token_ids)
     config = config.model_copy(update={"adapter": _adapter_of(lora, specs)})

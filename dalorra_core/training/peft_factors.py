@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from dalorra_core.adapters.inject import (
@@ -13,11 +14,39 @@ from dalorra_core.adapters.inject import (
     lm_head_of,
 )
 from dalorra_core.adapters.plain_lora import PlainLora, trimmed
-from dalorra_core.artifact.peft_io import read_peft
+from dalorra_core.artifact.peft_io import copied_weights, read_peft
 from dalorra_core.config import AdapterConfig
 from dalorra_core.errors import BaseModelError, ConfigError
 
-__all__ = ["factors_for", "specs_of", "starting_factors"]
+__all__ = ["factors_for", "read_lora", "specs_of", "starting_factors"]
+
+
+def read_lora(directory: Path, model: nn.Module) -> PlainLora:
+    """Return the LoRA of a PEFT directory, without ranks that do nothing.
+
+    Args:
+        directory: Of unknown origin.
+        model: The base model that it is for.
+
+    Raises:
+        ArtifactError: See ``read_peft``.
+        BaseModelError: It holds a weight of the base model that is not this one's.
+    """
+    lora = trimmed(read_peft(directory))
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, copy in copied_weights(directory).items():
+        own = weights.get(f"{name}.weight")
+        # compared at the lower precision of the two: either may be stored in bfloat16
+        if own is None or own.shape != copy.shape or not _same(own.detach().cpu(), copy):
+            raise BaseModelError(
+                f"{directory} holds a weight of the base model, {name}, that is not this base "
+                "model's: it belongs to another one, or was trained too"
+            )
+    return lora
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.to(other.dtype), other) or torch.equal(one, other.to(one.dtype))
 
 
 def specs_of(model: nn.Module, lora: PlainLora, num_labels: int) -> tuple[TargetSpec, ...]:
@@ -95,7 +124,7 @@ def starting_factors(
     """
     if adapter.start is None:
         return None
-    lora = trimmed(read_peft(Path(adapter.start)))
+    lora = read_lora(Path(adapter.start), model)
     own = specs_of(model, lora, len(token_ids))
     alpha, names = lora.scaling * lora.r, ([s.name for s in own], [s.name for s in specs])
     for name, there, here, same in (

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from dalorra_core.adapters.plain_lora import Factors
-from dalorra_core.artifact.peft_io import read_peft, write_peft
+from dalorra_core.artifact.peft_io import PEFT_CONFIG_FILE, PEFT_TENSOR_FILE, read_peft, write_peft
 from dalorra_core.artifact.store import ADAPTER_FILE, load_artifact
 from dalorra_core.base_models.loading import load_model
 from dalorra_core.cli import app
@@ -26,7 +27,8 @@ from tests.support.tiny_models import LABEL_TOKENS, assert_near
 from tests.support.tiny_tasks import INTENTS, TinyTask, tiny_config
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing:FutureWarning"  # PEFT's own
+    "ignore:.is_gradient_checkpointing:FutureWarning",  # PEFT's own
+    "ignore:Setting `save_embedding_layers` to `True`",  # a copy of the head, beside its factors
 )
 
 LABELS = sorted(INTENTS)
@@ -266,6 +268,21 @@ def test_a_lora_of_another_base_is_refused(settings: Path, theirs: Theirs, tmp_p
         assert result.exit_code == 1
         assert "BaseModelError" in result.stderr
         assert message in result.stderr
+
+
+def test_a_head_that_was_trained_itself_is_refused(
+    settings: Path, theirs: Theirs, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    tensors = load_file(theirs.folder / PEFT_TENSOR_FILE)
+    tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
+    save_file(tensors, folder / PEFT_TENSOR_FILE)
+    config = (theirs.folder / PEFT_CONFIG_FILE).read_bytes()
+    (folder / PEFT_CONFIG_FILE).write_bytes(config)
+    result = call("import", folder, "-o", tmp_path / "mine", "-c", settings)
+    assert result.exit_code == 1
+    assert "a weight of the base model, lm_head, that is not this base model's" in result.stderr
 
 
 def test_a_pickle_is_never_opened(settings: Path, theirs: Theirs, tmp_path: Path) -> None:

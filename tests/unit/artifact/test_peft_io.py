@@ -17,6 +17,7 @@ from dalorra_core.adapters.plain_lora import Factors, PlainLora
 from dalorra_core.artifact.peft_io import (
     PEFT_CONFIG_FILE,
     PEFT_TENSOR_FILE,
+    copied_weights,
     read_peft,
     write_peft,
 )
@@ -244,6 +245,17 @@ def test_a_tensor_that_is_no_factor_is_refused(adapter: Path, key: str) -> None:
     with_tensors(adapter, lambda tensors: tensors.update({key: torch.zeros(2, 2)}))
     with pytest.raises(ArtifactError, match=r"must be lora_A\.weight or lora_B\.weight"):
         read_peft(adapter)
+
+
+def test_a_copy_of_a_base_weight_is_kept_apart(adapter: Path) -> None:
+    """As PEFT saves it beside the factors of an output projection."""
+    copy = random(4, 32)
+    key = "base_model.model.lm_head.base_layer.weight"
+    with_tensors(adapter, lambda tensors: tensors.update({key: copy}))
+    assert_equal(read_peft(adapter), lora())
+    (found,) = copied_weights(adapter).items()
+    assert found[0] == "lm_head"
+    assert torch.equal(found[1], copy)
 
 
 def test_the_base_that_a_config_names_is_never_looked_for(adapter: Path, tmp_path: Path) -> None:
