@@ -132,14 +132,19 @@ def read_label_tokens(path: Path) -> dict[str, int]:
         values: Any = json.loads(read_file(path, _LARGEST_FILE))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"label_tokens: {path} is not valid JSON: {error}") from None
-    pairs = values.items() if isinstance(values, dict) else [("", None)]
-    for label, token in pairs:
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"label_tokens: {path} must be an object from label to token id, got "
+            f"{type(values).__name__}"
+        )
+    tokens: dict[str, int] = {}
+    for label, token in values.items():
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise ConfigError(
-                f"label_tokens: {path} must be an object from label to token id, got {token!r} "
-                f"for {label!r}"
+                f"label_tokens: {path} must have token ids from 0 on, got {token!r} for {label!r}"
             )
-    return dict(pairs)
+        tokens[label] = token
+    return tokens
 
 
 def _with_tokens(data: TrainingData, tokens: Mapping[str, int] | None) -> TrainingData:
