@@ -85,9 +85,9 @@ def import_peft(
         f"{lora.scaling * lora.r:g}"
     )
     specs = specs_of(model, lora, len(token_ids))
+    label_model = LabelModel(base.trunk, specs, data.label_set)  # or says which token is none
     params = factors_for(model, lora, specs, token_ids)
     config = config.model_copy(update={"adapter": _adapter_of(lora, specs)})
-    label_model = LabelModel(base.trunk, specs, data.label_set)
     state = AdapterState(specs, lora.r, lora.scaling, params)
     METHODS[config.method.name].shapes(specs, lora.r, config.method)  # or says why not
     result = TrainingResult(state, steps=0, seconds=0.0, resumed_at=0)
