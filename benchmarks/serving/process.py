@@ -112,6 +112,7 @@ def serving(
     log: Path,
     *,
     environment: Mapping[str, str] | None = None,
+    port: int | None = None,
     timeout_s: float = 180.0,
 ) -> Iterator[ServerProcess]:
     """Run a server until the block ends, however it ends; enter the block when it is ready.
@@ -120,12 +121,13 @@ def serving(
         command: The program and its arguments; ``--port`` is added.
         log: File for its output.
         environment: Put beside the variables of this process.
+        port: Where to listen; a free one if left out.
         timeout_s: How long it may take to be ready.
 
     Raises:
         RuntimeError: It ended or did not get ready; the text has the end of its output.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     began_s = time.monotonic()
     # a shell's way to add variables, since the environment is read in two files only
     prefix = ["env", *(f"{name}={value}" for name, value in (environment or {}).items())]

@@ -2,6 +2,7 @@
 
 One template makes the rules that are shipped in ``rules/`` and, with short windows, those of the
 drift scene. Every number can be given on the command line; see ``RuleSettings``.
+``--prometheus-rule FILE`` writes the same groups for the Prometheus operator too.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from deploy.prometheus.alert_rules import Alert, drift_alerts, feedback_alerts, 
 from deploy.prometheus.recording_rules import drift_records, feedback_records, service_records
 from deploy.prometheus.rule_settings import RuleSettings
 
-__all__ = ["RULES", "main", "render", "write"]
+__all__ = ["RULES", "main", "render", "render_prometheus_rule", "write"]
 
 RULES = Path(__file__).parent / "rules"
 _HEAD = "# Written by deploy/prometheus/drift_rules.py; do not edit.\n"
@@ -29,9 +30,21 @@ _GROUPS = {
 def render(settings: RuleSettings) -> dict[str, str]:
     """Return file name to content of every rule file."""
     return {
-        f"{name}.yml": _HEAD + _dump(_group(name, records(settings), alerts(settings), settings))
-        for name, (records, alerts) in _GROUPS.items()
+        f"{name}.yml": _HEAD + _dump({"groups": [group]})
+        for name, group in _groups(settings).items()
     }
+
+
+def render_prometheus_rule(settings: RuleSettings) -> str:
+    """Return one PrometheusRule with the groups of all rule files."""
+    return _HEAD + _dump(
+        {
+            "apiVersion": "monitoring.coreos.com/v1",
+            "kind": "PrometheusRule",
+            "metadata": {"name": "dalorra", "labels": {"app.kubernetes.io/name": "dalorra"}},
+            "spec": {"groups": list(_groups(settings).values())},
+        }
+    )
 
 
 def write(settings: RuleSettings, folder: Path) -> None:
@@ -39,6 +52,13 @@ def write(settings: RuleSettings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in render(settings).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _groups(settings: RuleSettings) -> dict[str, dict[str, Any]]:
+    return {
+        name: _group(name, records(settings), alerts(settings), settings)
+        for name, (records, alerts) in _GROUPS.items()
+    }
 
 
 def _group(
@@ -58,8 +78,7 @@ def _group(
         }
         for alert in alerts
     ]
-    group = {"name": f"dalorra_{name}", "interval": settings.interval, "rules": rules}
-    return {"groups": [group]}
+    return {"name": f"dalorra_{name}", "interval": settings.interval, "rules": rules}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -82,13 +101,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the rules with the numbers of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RULES, help="folder of the rule files")
+    parser.add_argument("--prometheus-rule", type=Path, help="file for them as a PrometheusRule")
     for field in fields(RuleSettings):
         default = field.default
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), default=default, dest=field.name)
     values = vars(parser.parse_args(arguments))
-    folder = values.pop("out")
-    write(RuleSettings(**values), folder)
+    folder: Path = values.pop("out")
+    prometheus_rule: Path | None = values.pop("prometheus_rule")
+    settings = RuleSettings(**values)
+    write(settings, folder)
+    if prometheus_rule is not None:
+        prometheus_rule.write_text(render_prometheus_rule(settings), encoding="utf-8")
 
 
 if __name__ == "__main__":
