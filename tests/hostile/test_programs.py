@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import fuzz, hot_swap, overload, soak, targets
+from benchmarks.serving import fuzz, hot_swap, overload, rolling, soak, targets
+from tests.support.required import require_or_skip
 
 pytestmark = pytest.mark.integration
 
@@ -99,3 +100,28 @@ def test_the_fuzzer_reports_cases_and_failures(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert sum(target["cases"] for target in found["targets"].values()) >= 300
     assert all(target["num_failures"] == 0 for target in found["targets"].values())
+
+
+def test_two_replicas_are_replaced_behind_a_proxy_without_a_failed_request(tmp_path: Path) -> None:
+    require_or_skip("haproxy", rolling.find_haproxy())
+    output = tmp_path / "rolling.json"
+    options = f"--fake {PACE} --minutes 0.4 --rate 20 --pause 0.5 --reserve 8"
+    assert rolling.main([*options.split(), "--output", str(output)]) == 0, output.read_text()
+    found = json.loads(output.read_text())
+    assert set(found["answered_by"]) == {"a", "b"}
+
+
+def test_a_replica_that_does_not_drain_is_found_out() -> None:
+    """The judge of the replacement can fail: a refused request, and one that ended badly."""
+    found: dict[str, Any] = {
+        "answers": {"200": 99, "503": 1},
+        "replacements": [{"exit_code": 0}, {"exit_code": -9}],
+        "latency": {"replacing": {"requests": 10}},
+        "answers_after_replacement": {"a": 3, "b": 0},
+    }
+    failed = {verdict.name for verdict in rolling.judge(found) if not verdict.passed}
+    assert failed == {
+        "failed requests",
+        "servers that did not exit 0",
+        "fewest answers of a new server",
+    }

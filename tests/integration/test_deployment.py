@@ -5,7 +5,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from server.auth import KeyRing, exposure_fault
 from server.settings import Settings
-from tests.support.required import require_or_skip
+from tests.support.required import find_tool, require_or_skip
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -210,8 +209,7 @@ def test_the_image_writes_only_where_a_volume_is() -> None:
 
 
 def test_hadolint_has_nothing_to_say() -> None:
-    beside_python = str(Path(sys.executable).parent)  # where `make dev` puts it
-    program = shutil.which("hadolint", path=beside_python) or shutil.which("hadolint")
+    program = find_tool("hadolint")
     require_or_skip("hadolint", program)
     result = subprocess.run(
         [str(program), str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False

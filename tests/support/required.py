@@ -1,12 +1,22 @@
 """Tests that need a program which is not everywhere: skipped without it, but never in CI."""
 
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
-__all__ = ["require_or_skip"]
+__all__ = ["find_tool", "require_or_skip"]
 
 VARIABLE = "DALORRA_TEST_REQUIRE"
+
+
+def find_tool(name: str) -> str | None:
+    """Return where a program of the `dev` extra is: beside Python, where `make dev` puts it, or
+    on the PATH; None when it is nowhere.
+    """
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def require_or_skip(name: str, found: object) -> None:
