@@ -1,4 +1,4 @@
-"""deploy/kubernetes: true to the server's settings, routes, metrics and rules, and to its README."""
+"""deploy/kubernetes: true to the server's settings, routes, metrics and rules, and its README."""
 
 import json
 import re
