@@ -39,9 +39,10 @@ USAGE_ERROR = 2
 _CONFIG = """\
 defaults
     mode http
-    timeout connect 2s
+    timeout connect 10s
     timeout client 180s
     timeout server 180s
+    timeout check 5s
     # what fails here is to be seen by the client
     retries 0
 
@@ -55,7 +56,7 @@ backend replicas
     option httpchk
     http-check send meth GET uri /health/ready ver HTTP/1.1 hdr Host 127.0.0.1
     http-check expect status 200
-    default-server check inter 500ms fall 1 rise 1
+    default-server check inter 500ms fall 2 rise 1
 """
 
 
@@ -102,6 +103,8 @@ class Replica:
                 self._log,
                 environment=self._subject.environment,
                 port=self.port,
+                # it starts beside a replica that carries all the load
+                timeout_s=600.0,
             )
         )
         return self._server
