@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny_model
 def test_a_token_takes_ten_widths_and_five_of_the_mlp(
     family: str, dtype: torch.dtype, size: int
 ) -> None:
-    model = tiny_model(family).to(dtype)
+    model = tiny_model(family).to(dtype=dtype)
     assert activation_bytes(model) == (10 * 32 + 5 * 48) * size
     assert tokens_within(model, 3) == 3 * 2**20 // activation_bytes(model)
 
