@@ -10,9 +10,7 @@ measured in the same minutes as the answers.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from torch import nn
 
 from benchmarks.hardware import describe_hardware
 from benchmarks.interleaved import interleaved_times
+from benchmarks.output import publish
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import plan_chunks
@@ -359,10 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for rows, length in options.batches
         }
     )
-    text = json.dumps(found, indent=1)
-    sys.stdout.write(text + "\n")
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    publish(found, options.output)
     return 0
 
 

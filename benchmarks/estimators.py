@@ -10,9 +10,7 @@ names its adapter, both with the logits of the whole vocabulary at every positio
 """
 
 import argparse
-import json
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.hardware import describe_hardware
 from benchmarks.interleaved import interleaved_times
+from benchmarks.output import publish
 from dalorra_core.adapters.inject import lm_head_name_of, lm_head_of
 from dalorra_core.adapters.plain_lora import plain_loras, with_full_head
 from dalorra_core.artifact.peft_io import write_peft
@@ -61,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    text = json.dumps(measured(options), indent=1)
-    sys.stdout.write(text + "\n")
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    publish(measured(options), options.output)
     return 0
 
 
