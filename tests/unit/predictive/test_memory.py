@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dalorra_core.predictive.memory import activation_bytes, tokens_within
 from tests.support.tiny_models import tiny_model
@@ -12,7 +13,7 @@ from tests.support.tiny_models import tiny_model
 def test_a_token_takes_ten_widths_and_five_of_the_mlp(
     family: str, dtype: torch.dtype, size: int
 ) -> None:
-    model = tiny_model(family).to(dtype=dtype)
+    model = nn.Module.to(tiny_model(family), dtype)
     assert activation_bytes(model) == (10 * 32 + 5 * 48) * size
     assert tokens_within(model, 3) == 3 * 2**20 // activation_bytes(model)
 
