@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from benchmarks.hardware import describe_hardware
+from benchmarks.hardware import describe_run
 from benchmarks.interleaved import interleaved_times
 from benchmarks.output import publish
 from dalorra_core.data.collate import EncodedExample
@@ -63,6 +63,7 @@ class Shape:
     def of(cls, predictor: Predictor) -> Self:
         """Return the shape of a loaded adapter and its base model."""
         config: Any = predictor.model.trunk.model.config
+        layers: Any = predictor.model.decoder.layers
         modules = [m for m in predictor.manifest.modules if m.layer is not None]
         first = min(m.layer for m in modules if m.layer is not None)
         return cls(
@@ -70,7 +71,7 @@ class Shape:
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
-            predictor.model.decoder.layers[0].self_attn.head_dim,
+            layers[0].self_attn.head_dim,
             config.intermediate_size,
             config.vocab_size,
             len(predictor.labels),
@@ -244,11 +245,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                 }
             )
     return {
-        "hardware": describe_hardware(),
-        "device": str(predictor.device),
-        "dtype": str(predictor.dtype),
-        "torch": torch.__version__,
-        "adapter": f"{predictor.manifest.name} {predictor.revision}",
+        **describe_run(predictor),
         "read_gb_per_s": reading / 1e9,
         "repeats": options.repeats,
         "batches": batches,
@@ -258,8 +255,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def works_of(shape: Shape, lengths: Sequence[int], samples: int, limit: int) -> list[Work]:
     """Return the work of every pass that rows are cut into.
 
-    Samples of one chunk that go in several passes share the layers below the first adapted one as
-    rows of one pass do: their states are kept.
+    Every pass runs the layers below the first adapted one, so they run several times where the
+    samples of one chunk go in several passes.
     """
     works: list[Work] = []
     for rows, step in plan_chunks(lengths, samples, limit):

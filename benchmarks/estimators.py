@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from benchmarks.hardware import describe_hardware
+from benchmarks.hardware import describe_run
 from benchmarks.interleaved import interleaved_times
 from benchmarks.output import publish
 from dalorra_core.adapters.inject import lm_head_name_of, lm_head_of
@@ -76,11 +76,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     timed = rows[: options.timed_rows]
     ways = our_ways(predictor, timed, options.sizes) | peer_ways(predictor, timed, options)
     return {
-        "hardware": describe_hardware(),
-        "device": str(predictor.device),
-        "dtype": str(predictor.dtype),
-        "torch": torch.__version__,
-        "adapter": f"{predictor.manifest.name} {predictor.revision}",
+        **describe_run(predictor),
         "errors": errors(predictor, rows, options),
         "cost": cost(ways, options.repeats, len(timed)),
         "largest_difference": differences(ways, options.peer_samples),

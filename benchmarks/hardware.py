@@ -5,7 +5,20 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["describe_hardware"]
+from dalorra_core.predictive.predictor import Predictor
+
+__all__ = ["describe_hardware", "describe_run"]
+
+
+def describe_run(predictor: Predictor) -> dict[str, str]:
+    """Return what the numbers of an adapter were measured with."""
+    return {
+        "hardware": describe_hardware(),
+        "device": str(predictor.device),
+        "dtype": str(predictor.dtype),
+        "torch": torch.__version__,
+        "adapter": f"{predictor.manifest.name} {predictor.revision}",
+    }
 
 
 def describe_hardware() -> str:

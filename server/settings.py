@@ -29,7 +29,8 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         description="MiB that the activations of one forward pass may take, beside weights and "
-        "adapters: larger batches go in several passes. Left to the device if unset: 512 tokens "
+        "adapters: larger batches go in several passes. The label mass comes on top, 4 bytes "
+        "times the vocabulary for each row and sample. Left to the device if unset: 512 tokens "
         "times samples on a CPU, 65,536 on a GPU.",
     )
     deterministic: bool = Field(

@@ -58,18 +58,63 @@ def test_the_result_has_the_dtype_of_the_states() -> None:
     torch.testing.assert_close(found.double(), by_loops(h, module, 1.5), rtol=0.05, atol=0.2)
 
 
-def test_a_layer_adds_the_bound_part_and_only_that() -> None:
+@pytest.mark.parametrize("own_b", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_adds_the_bound_part_and_only_that(own_b: bool, gradients: bool) -> None:
     base = nn.Linear(D_IN, D_OUT, dtype=torch.float64)
     binding = Binding()
     layer = AdaptedLinear(base, "q", binding)
     h = random(M * B, T, D_IN, seed=4)
-    module = module_of(own_a=False, own_b=False, gated=True)
-    assert torch.equal(layer(h), base(h))
-    with binding.bind(SamplePack(M, 2.0, {"other": module})):
+    module, before = module_of(own_a=False, own_b=own_b, gated=True), h.clone()
+    with torch.set_grad_enabled(gradients):
         assert torch.equal(layer(h), base(h))
-    with binding.bind(SamplePack(M, 2.0, {"q": module})):
-        torch.testing.assert_close(layer(h), base(h) + by_loops(h, module, 2.0))
-    assert torch.equal(layer(h), base(h))
+        with binding.bind(SamplePack(M, 2.0, {"other": module})):
+            assert torch.equal(layer(h), base(h))
+        with binding.bind(SamplePack(M, 2.0, {"q": module})):
+            torch.testing.assert_close(layer(h), base(h) + by_loops(h, module, 2.0))
+        assert torch.equal(layer(h), base(h))
+    assert torch.equal(h, before)
+
+
+@pytest.mark.parametrize("own_b", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_under_autocast_adds_its_part_in_the_lower_precision(
+    own_b: bool, gradients: bool
+) -> None:
+    base, binding = nn.Linear(D_IN, D_OUT), Binding()
+    layer = AdaptedLinear(base, "q", binding)
+    h, module = random(M * B, T, D_IN, seed=4), module_of(own_a=False, own_b=own_b, gated=True)
+    pack = SamplePack(M, 2.0, {"q": module}).to(torch.device("cpu"), torch.float32)
+    with (
+        torch.set_grad_enabled(gradients),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        binding.bind(pack),
+    ):
+        found = layer(h.float())
+    assert found.dtype == torch.bfloat16
+    expected = base.double()(h) + by_loops(h, module, 2.0)
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("own_b", [False, True])
+def test_the_gradients_of_a_layer_are_those_of_the_sum(own_b: bool) -> None:
+    base, binding = nn.Linear(D_IN, D_OUT, dtype=torch.float64), Binding()
+    layer, h = AdaptedLinear(base, "q", binding), random(M, B, T, D_IN, seed=4)
+    weight = random(M * B, T, D_OUT, seed=7)
+    plain = module_of(own_a=False, own_b=own_b, gated=True)
+    assert plain.z is not None
+    down, up, z = (x.clone().requires_grad_() for x in (plain.lora_A, plain.lora_B, plain.z))
+    with binding.bind(SamplePack(M, 2.0, {"q": ModulePack(down, up, z)})):
+        found = layer(h.flatten(0, 1))
+    u = torch.einsum("mbti,ri,mr->mbtr", h, down[0], z)
+    delta = 2.0 * torch.einsum("mbtr,mor->mbto", u, up.expand(M, D_OUT, R))
+    expected = base(h.flatten(0, 1)) + delta.flatten(0, 1)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), (down, up, z)),
+        torch.autograd.grad((expected * weight).sum(), (down, up, z)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_a_layer_adds_each_packs_part_to_its_own_rows() -> None:
