@@ -121,7 +121,7 @@ async def test_an_adapter_that_leaves_during_its_self_test_does_not_fail_it() ->
 @async_test
 async def test_a_self_test_that_finds_no_turn_holds_up_nothing_until_the_last_is_too_old() -> None:
     engine = ProbedEngine()
-    async with running(engine, selftest_interval_s=0.2) as api:
+    async with running(engine, selftest_interval_s=1.0) as api:
         engine.test_gate.clear()
         await until(lambda: len(engine.tested) > 0)
         assert await status(api) == 200
