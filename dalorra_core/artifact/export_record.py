@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dalorra_core.artifact.manifest import BaseRef, LabelsRef, PromptRef
+from dalorra_core.artifact.manifest import BaseRef, GoldenProbe, LabelsRef, PromptRef
 from dalorra_core.artifact.peft_io import PEFT_TENSOR_FILE
 from dalorra_core.artifact.reading import read_file
 from dalorra_core.config import Design
@@ -25,6 +25,7 @@ __all__ = [
     "ExportRecord",
     "ExportedAdapter",
     "ExportedFrom",
+    "ExportedGolden",
     "MaskKind",
     "Parity",
     "read_export",
@@ -65,6 +66,17 @@ class ExportedAdapter(_Part):
     sha256: str = Field(pattern=_SHA256)
 
 
+class ExportedGolden(_Part):
+    """The artifact's golden probes as the exported functions answer them, by our forward pass.
+
+    Probabilities of the label tokens, before any temperature; ``dtype`` is the precision of the
+    base model that gave them.
+    """
+
+    dtype: str
+    probes: tuple[GoldenProbe, ...]
+
+
 class Parity(_Part):
     """How far the adapters, loaded by PEFT, are from our own forward pass, at the most.
 
@@ -89,7 +101,7 @@ class ExportRecord(_Part):
     ``mask_set`` is the id that the server reports for the same functions; null for ``ones``, which
     it never serves. ``num_samples``, ``design`` and ``seed`` are null where nothing was drawn.
     ``average`` says what an answer averages over the adapters. ``parity`` is null where it was not
-    measured.
+    measured, ``golden`` where the artifact has no golden probes and where ``mask_set`` is null.
     """
 
     format_version: Literal[1] = 1
@@ -110,6 +122,7 @@ class ExportRecord(_Part):
     r: int
     adapters: tuple[ExportedAdapter, ...] = ()
     parity: Parity | None = None
+    golden: ExportedGolden | None = None
     versions: dict[str, str]
 
 

@@ -19,7 +19,6 @@ from dalorra_core.cli.options import (
     plan_from,
 )
 from dalorra_core.data.readers import read_jsonl
-from dalorra_core.data.rows import parse_row
 from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.export import Exported, check_output, prepare_export, write_export
 from dalorra_core.predictive.parity import Expected, expected_answers
@@ -139,16 +138,15 @@ def _expected(
 ) -> Expected:
     """Return our answers to the rows that the written adapters are tried on."""
     if texts is None:
-        probes = predictor.manifest.golden
-        examples = [parse_row({"id": p.id, **p.row}, require_labels=False) for p in probes]
+        rows = predictor.golden_rows()
     else:
         examples = read_jsonl(texts, require_labels=False)
-    if not examples:
+        rows = [predictor.encode(example, truncate="end") for example in examples]
+    if not rows:
         raise ConfigError(
             "verify compares answers to the adapter's golden probes, and it has none; pass --texts "
             "FILE or --no-verify"
         )
-    rows = [predictor.encode(example, truncate="end") for example in examples]
     directory = resolve_base_model(base if base is not None else predictor.manifest.base.id)
     source = "golden probes" if texts is None else texts.name
     return expected_answers(predictor, exported.pack, rows, source, directory)

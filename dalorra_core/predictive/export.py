@@ -27,6 +27,7 @@ from dalorra_core.artifact.export_record import (
     Engine,
     ExportedAdapter,
     ExportedFrom,
+    ExportedGolden,
     ExportRecord,
     MaskKind,
     record_bytes,
@@ -233,5 +234,17 @@ def _record(
         prompt=manifest.prompt,
         temperature=predictor.temperature,
         r=r,
+        golden=_golden(predictor, served) if same else None,
         versions={"dalorra": __version__, "torch": torch.__version__},
     )
+
+
+def _golden(predictor: Predictor, plan: SamplingPlan) -> ExportedGolden | None:
+    """Return the golden probes with what a plan answers; None where the artifact has none."""
+    probes = []
+    for probe, row in zip(predictor.manifest.golden, predictor.golden_rows(), strict=True):
+        answer = predictor.predict([row], plan, label_mass=False, calibrated=False)
+        probs = answer.log_probs.double().exp().mean(0)[0].tolist()
+        probes.append(probe.model_copy(update={"probs": tuple(probs)}))
+    dtype = str(predictor.dtype).removeprefix("torch.")
+    return ExportedGolden(dtype=dtype, probes=tuple(probes)) if probes else None

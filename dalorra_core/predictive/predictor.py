@@ -15,15 +15,13 @@ from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
 from dalorra_core.config import Design, PredictiveConfig
-from dalorra_core.data.encode import EncodedExample, Truncation, encode
+from dalorra_core.data.encode import EncodedExample, Truncation
 from dalorra_core.data.examples import Example
-from dalorra_core.data.labels import LabelSet
-from dalorra_core.data.prompts import PromptTemplate
-from dalorra_core.data.rows import parse_row
 from dalorra_core.errors import ArtifactCorruptError, ConfigError, GoldenProbeError
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.dalorra import PHI
 from dalorra_core.methods.method import Draw
+from dalorra_core.predictive.encoder import RowEncoder
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.gates import gate_entropy, gate_probs
 from dalorra_core.predictive.gaussian import score_gaussian
@@ -72,12 +70,8 @@ class Predictor:
         state = state_of(artifact)
         whole = self.method.logit_covariance is not None  # which asks for all of it every time
         self._state = _on_device(state, base.device, whole=whole)
-        self._label_set = LabelSet(manifest.labels.labels, manifest.labels.token_ids)
-        self._template = PromptTemplate(
-            manifest.prompt.kind, manifest.prompt.name, manifest.prompt.template
-        )
-        self._tokenizer = base.tokenizer
-        self.model = LabelModel(base.trunk, self._state.specs, self._label_set)
+        self._encoder = RowEncoder(manifest, base.tokenizer)
+        self.model = LabelModel(base.trunk, self._state.specs, self._encoder.label_set)
         self._packs = KeptPacks(self._draw, self._own_bytes)
 
     @classmethod
@@ -210,17 +204,7 @@ class Predictor:
         Raises:
             InputError: If it is empty or malformed; InputTooLongError when over ``max_tokens``.
         """
-        return encode(
-            example,
-            tokenizer=self._tokenizer,
-            template=self._template,
-            label_set=self._label_set,
-            max_tokens=self.max_tokens,
-            truncate=truncate,
-            unknown_label="ignore",
-            union=self.manifest.labels.union,
-            append_eos=self.manifest.prompt.append_eos,
-        )
+        return self._encoder(example, truncate)
 
     def mask_set(self, plan: SamplingPlan) -> str:
         """Return the id of the M functions that ``plan`` fixes, such as ``ms_3f9a...``."""
@@ -416,6 +400,10 @@ class Predictor:
                 f"{self.artifact.directory}: its tensors give probabilities that are not finite"
             )
 
+    def golden_rows(self) -> list[EncodedExample]:
+        """Return the questions of the golden probes, encoded as when they were stored."""
+        return [self._encoder.probe(probe) for probe in self.manifest.golden]
+
     def self_test(self) -> float:
         """Return the largest difference to the stored probabilities; 0 when none are stored.
 
@@ -426,9 +414,7 @@ class Predictor:
         """
         plan = _plan_of(self.manifest.golden_predictive or self.manifest.predictive)
         differences = [0.0]
-        for probe in self.manifest.golden:
-            example = parse_row({"id": probe.id, **probe.row}, require_labels=False)
-            row = self.encode(example, truncate="end")  # as when the probe was stored
+        for probe, row in zip(self.manifest.golden, self.golden_rows(), strict=True):
             # Probes were stored before any temperature was known.
             answer = self.predict([row], plan, label_mass=False, calibrated=False)
             probs = answer.log_probs.double().exp().mean(0)[0]

@@ -124,6 +124,12 @@ def test_samples_are_those_of_the_predictor(adapter: Path, base: Path, tmp_path:
     tokens = list(record.labels.token_ids)
     for m, one in enumerate(record.adapters):
         assert_near(peft_log_probs(out / one.path, base, rows, tokens), ours[m])
+    # the probes hold what these four functions answer, which is not what the artifact's three do
+    assert record.golden is not None
+    assert record.golden.dtype == "float32"
+    for probe, row in zip(record.golden.probes, predictor.golden_rows(), strict=True):
+        expected = predictor.predict([row], plan, calibrated=False).log_probs.exp().mean(0)[0]
+        assert_near(torch.tensor(probe.probs), expected)
 
 
 def test_ranks_are_padded_and_heads_have_zero_rows(adapter: Path, tmp_path: Path) -> None:
@@ -182,6 +188,7 @@ def test_a_mean_or_opened_gates_are_one_adapter_of_any_gated_method(
     served = predictor.mask_set(SamplingPlan(estimator="mean_mask"))
     assert read_export(tmp_path / "mean").mask_set == served
     assert read_export(tmp_path / "ones").mask_set is None
+    assert read_export(tmp_path / "ones").golden is None
 
 
 def test_an_ensemble_of_logits_says_what_is_averaged(base: Path, tmp_path: Path) -> None:
