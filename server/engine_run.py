@@ -100,6 +100,8 @@ class EngineRun:
     @property
     def problem(self) -> str | None:
         """Why new traffic should rather not come; None when all is well."""
+        if (problem := self.engine.problem) is not None:
+            return problem
         if self._failing:
             return f"the last {self.batcher.failed_in_row} batches failed"
         return self.tests.problem

@@ -13,10 +13,13 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
     """Return the sampling of a request: the adapter's defaults with what the request changes.
 
     Raises:
-        ApiError: 422 when another number of samples is asked for than there are functions, or
+        ApiError: 422 when the adapter has one sampling only and the request asks for another, when
+            another number of samples is asked for than there are functions, or
             more than fit into the memory that the engine grants, or a design that the adapter
             cannot follow or that would have no effect.
     """
+    if card.fixed_sampling is not None:
+        _check_fixed(request, card, card.fixed_sampling)
     estimator = request.estimator or card.defaults.estimator
     single = estimator == "mean_mask" or card.point_method
     there_are = 1 if single else card.fixed_functions
@@ -56,6 +59,18 @@ def resolve_sampling(request: ClassifyRequest, card: AdapterCard) -> Sampling:
         # what is not drawn has no seed; leaving the default lets such rows share batches
         seed=defaults.seed if there_are or request.seed is None else request.seed,
     )
+
+
+def _check_fixed(request: ClassifyRequest, card: AdapterCard, reason: str) -> None:
+    """Refuse every other sampling than the adapter's own, also what has no effect elsewhere."""
+    for name in ("num_samples", "seed", "estimator", "design"):
+        asked, own = getattr(request, name), getattr(card.defaults, name)
+        if asked not in (None, own):
+            raise ApiError(
+                "invalid_request",
+                f"{name} must be {own} or left out, got {asked}: {reason}",
+                errors=({"pointer": f"#/{name}"},),
+            )
 
 
 def _why_fixed(card: AdapterCard, *, single: bool) -> str:

@@ -30,7 +30,14 @@ from server.errors import ApiError
 from server.feedback import FeedbackStore, PredictionSigner
 from server.lifecycle import Lifecycle
 from server.logs import current_request_id
-from server.ports import AdapterCard, BatchKey, EncodedRow, EngineStoppedError, Priority
+from server.ports import (
+    AdapterCard,
+    BatchKey,
+    EncodedRow,
+    EngineStoppedError,
+    EngineUnavailableError,
+    Priority,
+)
 from server.ruling import Ruling, rule
 from server.sampling import resolve_sampling
 from server.schemas import ClassifyRequest
@@ -219,6 +226,9 @@ class Service:
             return await asyncio.wrap_future(ticket.future)
         except EngineStoppedError:
             raise engine_stopped() from None
+        except EngineUnavailableError:
+            detail = "what the engine computes with does not answer at the moment"
+            raise ApiError("engine_unavailable", detail, headers=retry) from None
         except BatchTooLargeError:
             detail = "the engine ran out of memory on this request; send fewer or shorter rows"
             raise ApiError("out_of_memory", detail, headers=retry) from None

@@ -27,6 +27,7 @@ from server.ports import (
     EngineFatalError,
     EngineMemoryError,
     EngineStoppedError,
+    EngineUnavailableError,
     Priority,
     Wanted,
 )
@@ -186,6 +187,9 @@ class Batcher:
         except EngineMemoryError as error:
             after = self._after_memory
             self._note_failure("memory", error, rows)
+        except EngineUnavailableError as error:
+            after = self._after_unavailable
+            self._note_failure("unavailable", error, rows)
         except Exception as error:  # noqa: BLE001 - whatever it is, each request must be told
             after = self._after_error
             self._note_failure("error", error, rows)
@@ -209,6 +213,12 @@ class Batcher:
             tickets[0].fail(BatchTooLargeError())
             return []
         return self._each_alone(rows, may_split=False)
+
+    def _after_unavailable(self, rows: Rows, *, may_split: bool) -> list[BatchScores]:  # noqa: ARG002
+        """Tell each request: asking once more would only take longer to fail."""
+        for ticket in _tickets(rows):
+            ticket.fail(EngineUnavailableError())
+        return []
 
     def _after_error(self, rows: Rows, *, may_split: bool) -> list[BatchScores]:
         """Try each request alone, so that only the one to blame fails."""

@@ -10,9 +10,10 @@ from server.ports import BatchScores
 
 __all__ = ["BatchObserver", "BatchStats", "FailureReason"]
 
-FailureReason = Literal["error", "memory", "fatal", "hung"]
-"""Why a batch gave no answers: it raised or answered nonsense, it did not fit into memory, the
-engine was lost with it, or the engine fell silent in it."""
+FailureReason = Literal["error", "memory", "unavailable", "fatal", "hung"]
+"""Why a batch gave no answers: it raised or answered nonsense, it did not fit into memory,
+what the engine depends on did not answer, the engine was lost with it, or the engine fell silent
+in it."""
 
 
 @dataclass(frozen=True, slots=True)

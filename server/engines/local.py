@@ -104,6 +104,11 @@ class LocalEngine:
         """Rows share forward passes unless each is to be answered alone."""
         return not self._deterministic
 
+    @property
+    def problem(self) -> str | None:
+        """None: it depends on nothing outside this process."""
+        return None
+
     def load(self) -> tuple[AdapterCard, ...]:
         """Load the base model, if it is known by now, and the adapters this was made with.
 

@@ -167,6 +167,7 @@ class AdapterCard:
             any number of them may be sampled, and for point methods.
         max_num_samples: The most samples whose memory the engine grants; None when they take none.
         designs: How its samples may be drawn together.
+        fixed_sampling: Why no other sampling than ``defaults`` can be asked for; None when it can.
     """
 
     name: str
@@ -197,6 +198,7 @@ class AdapterCard:
     fixed_functions: int | None = None
     max_num_samples: int | None = None
     designs: tuple[Design, ...] = ("iid",)
+    fixed_sampling: str | None = None
 
     @property
     def key(self) -> str:

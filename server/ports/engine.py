@@ -44,6 +44,11 @@ class Engine(Protocol):
         """Whether one batch may hold rows of different adapters and seeds with equal ``passes``."""
         ...
 
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot answer now, although it is not lost; None when it can. From any thread."""
+        ...
+
     def load(self) -> tuple[AdapterCard, ...]:
         """Load the base model, and load, check and warm every adapter it was made with; slow.
 
@@ -97,6 +102,7 @@ class Engine(Protocol):
         Raises:
             EngineFatalError: The engine is lost; nothing will ever be answered again.
             EngineMemoryError: The batch did not fit; a smaller one may.
+            EngineUnavailableError: What the engine depends on does not answer; no row is to blame.
             Exception: This batch failed; the next one may succeed.
         """
         ...

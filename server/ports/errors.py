@@ -8,6 +8,7 @@ __all__ = [
     "EngineFatalError",
     "EngineMemoryError",
     "EngineStoppedError",
+    "EngineUnavailableError",
     "NotCalibratedError",
     "RowRejectedError",
     "RowTooLongError",
@@ -38,6 +39,10 @@ class EngineFatalError(Exception):
 
 class EngineStoppedError(Exception):
     """No engine thread runs any more, so the work will not be done."""
+
+
+class EngineUnavailableError(Exception):
+    """What the engine depends on does not answer now; no row is to blame, and it may come back."""
 
 
 class NotCalibratedError(LookupError):

@@ -627,6 +627,26 @@ async def test_more_samples_than_the_engine_has_memory_for() -> None:
 
 
 @async_test
+async def test_a_sampling_that_is_fixed_refuses_every_other() -> None:
+    own = TOPICS.defaults
+    card = replace(TOPICS, fixed_sampling="only these samples were exported")
+    async with running(FakeEngine(card)) as api:
+        for name, value in (
+            *(("num_samples", 5), ("seed", 1)),
+            *(("estimator", "mean_mask"), ("design", "stratified")),
+        ):
+            response = await api.classify({"input": "x", name: value})
+            body = check_problem(response, 422, "invalid_request")
+            expected = f"{name} must be {getattr(own, name)} or left out, got {value}: only these"
+            assert expected in body["detail"]
+            assert body["errors"][0]["pointer"] == f"#/{name}"
+        same = {"num_samples": 4, "seed": 0, "estimator": "monte_carlo", "design": "iid"}
+        assert (await api.classify({"input": "x", **same})).status_code == 200
+        assert (await api.classify({"input": "x", "num_samples": "auto"})).status_code == 200
+        await api.check_healthy()
+
+
+@async_test
 async def test_a_policy_on_mutual_information_needs_samples() -> None:
     policy = replace(POLICY, abstain=(Limit("mutual_information", 0.5),))
     async with running(FakeEngine(replace(TOPICS, policies=(policy,)))) as api:

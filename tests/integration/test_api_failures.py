@@ -12,7 +12,14 @@ from starlette.types import Message
 
 from server.lifecycle import Lifecycle
 from server.logs import JsonFormatter
-from server.ports import BatchRow, BatchScores, EngineMemoryError, RowScores, Wanted
+from server.ports import (
+    BatchRow,
+    BatchScores,
+    EngineMemoryError,
+    EngineUnavailableError,
+    RowScores,
+    Wanted,
+)
 from tests.integration.test_api_bad_input import check_problem
 from tests.support.api import Api, async_test, running, same_answer, until
 from tests.support.fake_engine import FakeEngine
@@ -265,6 +272,23 @@ class Misshapen(FakeEngine):
         return replace(scores, rows=scores.rows[:-1] + (() if self.lose else (None,)))
 
 
+@async_test
+async def test_an_engine_whose_server_is_away_says_503_and_when_to_come_back() -> None:
+    def fault(_texts: list[str]) -> None:
+        raise EngineUnavailableError("http://secret-host is away")
+
+    async with running() as api:
+        api.engine.fault = fault
+        response = await api.classify({"input": ["x", "y"]})
+        body = check_problem(response, 503, "engine_unavailable")
+        assert "secret-host" not in response.text
+        assert "does not answer" in body["detail"]
+        assert response.headers["retry-after"] == "5"
+        assert await api.metric("batch_failures_total", reason="unavailable") == 1
+        api.engine.fault = lambda _texts: None
+        await api.check_healthy()
+
+
 @pytest.mark.parametrize("lose", [True, False])
 @async_test
 async def test_an_answer_of_the_wrong_shape_is_never_given_to_anyone(lose: bool) -> None:
@@ -348,7 +372,7 @@ async def test_a_deadline_that_passes_while_computing_cancels_between_forward_pa
         engine.before = lambda _done: None
         await api.check_healthy()
         assert engine.computed == ["a", "b", "a sure thing"]  # c and d cost nothing
-        for reason in ("error", "memory", "fatal", "hung"):
+        for reason in ("error", "memory", "unavailable", "fatal", "hung"):
             assert await api.metric("batch_failures_total", reason=reason) == 0
 
 

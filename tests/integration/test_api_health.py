@@ -146,6 +146,17 @@ async def test_a_server_without_adapters_has_nothing_to_test() -> None:
 
 
 @async_test
+async def test_what_an_engine_says_of_itself_turns_readiness_off_and_on() -> None:
+    async with running() as api:
+        assert await status(api) == 200
+        api.engine.problem = "what it computes with is away"
+        await unready_because(api, "what it computes with is away")
+        assert await status(api, "/health/live") == 200
+        api.engine.problem = None
+        assert await status(api) == 200
+
+
+@async_test
 async def test_failed_batches_in_a_row_turn_readiness_off_until_a_self_test_passes() -> None:
     def fault(_texts: list[str]) -> None:
         raise FloatingPointError("a probability is not finite")

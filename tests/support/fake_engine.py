@@ -224,6 +224,7 @@ class FakeEngine:
         selftest_error: What ``self_test`` finds; the limit is 1e-3.
         chunk_rows: Rows of one pretended forward pass; ``wanted`` is asked before each.
         mixes: What ``mixes_adapters`` says.
+        problem: Why it says that it cannot answer now.
     """
 
     def __init__(self, *cards: AdapterCard) -> None:
@@ -235,6 +236,7 @@ class FakeEngine:
         self.selftest_error = 1e-7
         self.chunk_rows = 8
         self.mixes = True
+        self.problem: str | None = None
         self.gate, self.load_gate, self.encode_gate = (threading.Event() for _ in range(3))
         for gate in (self.gate, self.load_gate, self.encode_gate):
             gate.set()

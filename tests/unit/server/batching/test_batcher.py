@@ -23,6 +23,7 @@ from server.ports import (
     EngineFatalError,
     EngineMemoryError,
     EngineStoppedError,
+    EngineUnavailableError,
     RowScores,
     Sampling,
     Wanted,
@@ -181,6 +182,29 @@ def test_a_poisonous_row_fails_alone(bench: Bench) -> None:
     assert bench.ran[1:] == [["good", "poison", "other"], ["good"], ["poison"], ["other"]]
     assert labels(bench.submit("next"))
     assert bench.failures == ["error", "error"]
+    assert bench.failed_in_row() == 0
+
+
+def test_what_depends_on_something_that_is_away_fails_at_once_and_is_not_run_again(
+    bench: Bench,
+) -> None:
+    def away(texts: list[str]) -> None:
+        if "blocker" not in texts:
+            raise EngineUnavailableError("a server far away, with an address")
+
+    blocker = bench.block()
+    bench.fault = away
+    tickets = [bench.submit("one", "two"), bench.submit("three")]
+    bench.gate.set()
+    assert labels(blocker)
+    for ticket in tickets:
+        with pytest.raises(EngineUnavailableError) as told:
+            ticket.future.result(WAIT_S)
+        assert str(told.value) == ""
+    assert bench.ran == [["blocker"], ["one", "two", "three"]]
+    assert bench.failures == ["unavailable"]
+    bench.fault = lambda _texts: None
+    assert labels(bench.submit("fine"))
     assert bench.failed_in_row() == 0
 
 
