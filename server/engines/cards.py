@@ -4,6 +4,7 @@ A certificate is about one set of weights, sampling, temperature, precision and 
 server has another, the policy's limits stay and its promises go, with a text that names both sides.
 """
 
+from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from dalorra_core.artifact.calibration_record import Calibration, MeasuredWith, PlanEvidence
 from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
+from dalorra_core.artifact.store import Artifact
 from dalorra_core.calibration.validity import measured_with, void_reason
 from dalorra_core.predictive.predictor import Predictor
 from server.ports import (
     AbstainGuarantee,
     AdapterCard,
     CalibrationCard,
+    Design,
     Guarantee,
     Limit,
     PlanCard,
@@ -28,51 +31,101 @@ from server.ports import (
     UncertifiedTarget,
 )
 
-__all__ = ["adapter_card", "calibration_card", "policy_of"]
+__all__ = ["Answering", "adapter_card", "answering_of", "calibration_card", "policy_of"]
 
 
-def adapter_card(predictor: Predictor, selftest_error: float) -> AdapterCard:
-    """Return what the server and its clients may know about a loaded adapter.
+@dataclass(frozen=True)
+class Answering:
+    """How an adapter is answered here; the rest of its card is in its artifact.
 
-    Args:
-        predictor: The adapter.
-        selftest_error: What its self-test found.
+    Attributes:
+        sampling: Of a request that does not say otherwise.
+        here: All that a certificate would depend on.
+        point_method: See ``AdapterCard``, as all that follows.
+        mask_set: None for point methods.
+        memory_bytes: Without calibration rows.
+        designs: At least one.
+        deterministic: Whether rows are run alone.
+        threads: 0 where that means nothing.
+        fixed_functions: None where any number may be sampled, and for point methods.
+        max_num_samples: None without a limit.
+        fixed_sampling: None where a request may ask for another.
     """
-    manifest, plan, point = predictor.manifest, predictor.default_plan, predictor.point_method
-    here, calibration = measured_with(predictor, plan), manifest.calibration
-    return AdapterCard(
-        name=manifest.name,
-        revision=predictor.revision,
-        kind=predictor.kind,
-        labels=predictor.labels,
-        method=manifest.method.name,
-        point_method=point,
-        base=_public_name(manifest.base.id),
-        base_fingerprint=manifest.base.fingerprint,
-        max_tokens=predictor.max_tokens,
-        defaults=Sampling(
+
+    sampling: Sampling
+    here: MeasuredWith
+    point_method: bool
+    mask_set: str | None
+    memory_bytes: int
+    designs: tuple[Design, ...]
+    deterministic: bool = False
+    threads: int = 0
+    fixed_functions: int | None = None
+    max_num_samples: int | None = None
+    fixed_sampling: str | None = None
+
+
+def answering_of(predictor: Predictor) -> Answering:
+    """Return how a predictor in this process answers."""
+    plan, point = predictor.default_plan, predictor.point_method
+    return Answering(
+        sampling=Sampling(
             num_samples=predictor.num_functions(plan),
             seed=plan.seed,
             estimator=plan.estimator,
             design=plan.design,
         ),
+        here=measured_with(predictor, plan),
+        point_method=point,
+        mask_set=None if point else predictor.mask_set(plan),
+        memory_bytes=predictor.memory_bytes,
+        designs=predictor.designs,
+        deterministic=predictor.deterministic,
+        threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
+        fixed_functions=None if point else predictor.fixed_functions,
+        max_num_samples=predictor.max_num_samples,
+    )
+
+
+def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> AdapterCard:
+    """Return what the server and its clients may know about a loaded adapter.
+
+    Args:
+        artifact: The adapter.
+        how: How it is answered here.
+        selftest_error: What its self-test found.
+    """
+    manifest, point, here = artifact.manifest, how.point_method, how.here
+    calibration = manifest.calibration
+    return AdapterCard(
+        name=manifest.name,
+        revision=artifact.revision,
+        kind=manifest.prompt.kind,
+        labels=manifest.labels.labels,
+        method=manifest.method.name,
+        point_method=point,
+        base=_public_name(manifest.base.id),
+        base_fingerprint=manifest.base.fingerprint,
+        max_tokens=manifest.prompt.max_tokens,
+        defaults=how.sampling,
         policies=tuple(
             policy_of(policy, calibration, here, point_method=point) for policy in manifest.policies
         ),
         prompt=manifest.prompt.name,
         prompt_sha256=manifest.prompt.sha256,
-        mask_set=None if point else predictor.mask_set(plan),
+        mask_set=how.mask_set,
         selftest_max_abs_error=selftest_error if manifest.golden else None,
         out_of_scope_label=manifest.labels.out_of_scope_label,
         dtype=here.dtype,
         rank=manifest.r,
-        memory_bytes=predictor.memory_bytes,
-        manifest_sha256=predictor.artifact.manifest_sha256,
-        deterministic=predictor.deterministic,
-        threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
-        fixed_functions=None if point else predictor.fixed_functions,
-        max_num_samples=predictor.max_num_samples,
-        designs=predictor.designs,
+        memory_bytes=how.memory_bytes,
+        manifest_sha256=artifact.manifest_sha256,
+        deterministic=how.deterministic,
+        threads=how.threads,
+        fixed_functions=how.fixed_functions,
+        max_num_samples=how.max_num_samples,
+        designs=how.designs,
+        fixed_sampling=how.fixed_sampling,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

@@ -24,7 +24,7 @@ from server.ports import (
     ScoreName,
 )
 
-__all__ = ["CertifyRows"]
+__all__ = ["CertifyRows", "required_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,3 +124,16 @@ class CertifyRows:
         )
         least = surer(limit.score, thresholds[self.held.predicted])
         return surer(limit.score, self.held.score(limit.score)) >= least
+
+
+def required_rows(rows: CertifyRows | None, adapter: str) -> CertifyRows:
+    """Return the rows of an adapter.
+
+    Raises:
+        NotCalibratedError: It stores none.
+    """
+    if rows is None:
+        raise NotCalibratedError(
+            f"adapter {adapter} stores no calibration rows; dalorra calibrate adds them"
+        )
+    return rows

@@ -17,11 +17,11 @@ from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.shared_base import SharedBase
 from dalorra_core.sampling.designs import DESIGNS
 from server.engines.answers import Calibrated
-from server.engines.cards import adapter_card
-from server.engines.certify_rows import CertifyRows
-from server.ports import AdapterCard, NotCalibratedError, Sampling
+from server.engines.cards import adapter_card, answering_of
+from server.engines.certify_rows import CertifyRows, required_rows
+from server.ports import AdapterCard, Sampling
 
-__all__ = ["Loaded", "Row", "plan_of", "verified_artifact"]
+__all__ = ["Loaded", "Row", "calibrated_of", "plan_of", "verified_artifact"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,13 @@ class Loaded:
             DalorraError: It cannot be served; the text says why.
         """
         predictor = Predictor.on(base, artifact, deterministic=deterministic, verify_golden=False)
-        card = adapter_card(predictor, predictor.check_golden())
+        card = adapter_card(artifact, answering_of(predictor), predictor.check_golden())
         predictor.warm_up()
         summarise(torch.zeros(2, 1, 2).log_softmax(-1))  # its first call is slow
         rows = CertifyRows.of(artifact)
         memory = card.memory_bytes + (0 if rows is None else rows.num_bytes)
         card = named(replace(card, memory_bytes=memory))
-        return cls(card, base, predictor, _calibrated(predictor, card), rows)
+        return cls(card, base, predictor, calibrated_of(artifact, card), rows)
 
     @property
     def rows(self) -> CertifyRows:
@@ -78,11 +78,7 @@ class Loaded:
         Raises:
             NotCalibratedError: It stores none.
         """
-        if self.certify_rows is None:
-            raise NotCalibratedError(
-                f"adapter {self.card.name} stores no calibration rows; dalorra calibrate adds them"
-            )
-        return self.certify_rows
+        return required_rows(self.certify_rows, self.card.name)
 
     def is_single(self, sampling: Sampling) -> bool:
         """Return whether there is one function only, hence no epistemic part."""
@@ -137,9 +133,9 @@ def plan_of(sampling: Sampling) -> SamplingPlan:
     return SamplingPlan(sampling.num_samples, sampling.seed, sampling.estimator, sampling.design)
 
 
-def _calibrated(predictor: Predictor, card: AdapterCard) -> Calibrated:
+def calibrated_of(artifact: Artifact, card: AdapterCard) -> Calibrated:
     """Return what calibration adds to answers; a coverage that is void here is not shown."""
-    stored = predictor.manifest.calibration
+    stored = artifact.manifest.calibration
     if stored is None or card.calibration is None:
         return Calibrated()
     holds = card.calibration.void is None and bool(stored.prediction_sets)

@@ -10,8 +10,6 @@ from transformers.utils import logging as transformers_logging
 
 from dalorra_core.artifact.store import Artifact
 from dalorra_core.base_models.loading import pick_device
-from dalorra_core.data.examples import Choice, ChoiceExample, Example, TextExample
-from dalorra_core.errors import DataError, InputError, InputTooLongError
 from dalorra_core.predictive.matching import check_base
 from dalorra_core.predictive.predictor import GOLDEN_TOLERANCE
 from dalorra_core.predictive.scoring import padded_token_limit
@@ -19,6 +17,7 @@ from dalorra_core.predictive.shared_base import SharedBase, identify
 from server.engines.batches import answer_batch
 from server.engines.faults import LOAD_FAILURES, batch_fault, load_fault
 from server.engines.loaded import Loaded, Row, plan_of, verified_artifact
+from server.engines.questions import encode_question
 from server.engines.stored import stored_adapter
 from server.ports import (
     AdapterCard,
@@ -26,7 +25,6 @@ from server.ports import (
     BatchKey,
     BatchRow,
     BatchScores,
-    ChoiceQuestion,
     EncodedRow,
     EngineStoppedError,
     Policy,
@@ -34,11 +32,9 @@ from server.ports import (
     Question,
     RiskCoveragePoint,
     RowRejectedError,
-    RowTooLongError,
     ScoreName,
     SelfTest,
     StoredAdapter,
-    TextQuestion,
     Truncate,
     Wanted,
 )
@@ -163,22 +159,10 @@ class LocalEngine:
             RowRejectedError: A choice's label is unknown, or the form is unsound.
         """
         loaded = self._of(adapter)
-        try:
-            example = loaded.predictor.encode(_example(question), truncate=truncate)
-        except InputTooLongError as error:
-            raise RowTooLongError(error.num_tokens, error.max_tokens) from None
-        except (InputError, DataError) as error:
-            raise RowRejectedError(str(error)) from None
-        names = loaded.predictor.labels
-        own = (
-            tuple(choice.label for choice in question.choices)
-            if isinstance(question, ChoiceQuestion)
-            else ()
-        )
-        scored = names if example.allowed is None else [names[i] for i in example.allowed]
-        labels = (*own, *(label for label in scored if label not in own))
-        row = Row(example, labels, tuple(names.index(label) for label in labels), loaded)
-        return EncodedRow(len(example.token_ids), example.truncated, row)
+        predictor = loaded.predictor
+        asked = encode_question(question, truncate, predictor.encode, predictor.labels)
+        row = Row(asked.example, asked.labels, asked.columns, loaded)
+        return EncodedRow(len(row.example.token_ids), row.example.truncated, row)
 
     def run_batch(self, rows: Sequence[BatchRow], wanted: Wanted) -> BatchScores:
         """Run the fused forward and the uncertainty scores.
@@ -282,13 +266,3 @@ class LocalEngine:
             dtype=self._dtype,
             pass_memory_mb=self._pass_memory_mb,
         )
-
-
-_ROW_ID = "request"  # the core names rows in its errors; a client knows its own by their pointer
-
-
-def _example(question: Question) -> Example:
-    if isinstance(question, TextQuestion):
-        return TextExample(_ROW_ID, question.text)
-    choices = tuple(Choice(option.label, option.text) for option in question.choices)
-    return ChoiceExample(_ROW_ID, question.question, question.context, choices)
