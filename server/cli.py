@@ -25,6 +25,7 @@ __all__ = ["app", "main", "serve"]
 logger = logging.getLogger(__name__)
 
 USAGE_ERROR = 2
+_EXPORT_RECORD = "dalorra-export.json"
 _LIMITS = "Limits of one request"
 _QUEUE = "Queue and batches"
 _MODEL = "Model"
@@ -77,6 +78,27 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
             "--deterministic/--batched",
             help="Run every row alone, so that equal requests get answers equal bit for bit; "
             "batched answers differ in the last digits. [default: batched]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Who computes: local, this process, or vllm, a vLLM server. [default: local]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    vllm_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Where --engine vllm finds its server: http://127.0.0.1:8001.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    vllm_export: Annotated[
+        Path | None,
+        typer.Option(
+            help="ADAPTER's export for vLLM, as written by `dalorra export --engine vllm`.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -278,6 +300,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
 
     - `dalorra serve adapters/clinc150`
 
+    - `dalorra serve adapters/clinc150 --engine vllm --vllm-url http://127.0.0.1:8001
+      --vllm-export exported/clinc150`
+
     - `dalorra serve adapters/clinc150 --host 0.0.0.0 --port 80 --api-keys-file keys.json`
 
     - `curl localhost:8000/v1/classify -H 'content-type: application/json' -d '{"input": "hi"}'`
@@ -324,6 +349,9 @@ def _settings(options: dict[str, Any]) -> Settings:
         )
     if settings.adapter is not None and not (settings.adapter / "manifest.json").is_file():
         raise _wrong(f"{settings.adapter} has no manifest.json")
+    export = settings.vllm_export
+    if export is not None and not (export / _EXPORT_RECORD).is_file():
+        raise _wrong(f"vllm_export: {export} has no {_EXPORT_RECORD}")
     if settings.adapter_root is not None and not settings.adapter_root.is_dir():
         raise _wrong(f"adapter_root: {settings.adapter_root} is not a directory")
     if (fault := exposure_fault(settings)) is not None:
@@ -339,6 +367,8 @@ def _wrong(text: str) -> typer.Exit:
 
 def _make_engine(settings: Settings) -> Engine:
     """Return the engine; runs in the loading thread, because importing torch takes seconds."""
+    if settings.engine == "vllm":
+        return _make_vllm_engine(settings)
     from server.engines.local import LocalEngine  # noqa: PLC0415
 
     return LocalEngine(
@@ -349,4 +379,25 @@ def _make_engine(settings: Settings) -> Engine:
         pass_memory_mb=settings.pass_memory_mb,
         deterministic=settings.deterministic,
         trusted_keys=settings.trusted_keys,
+    )
+
+
+def _make_vllm_engine(settings: Settings) -> Engine:
+    from server.engines.vllm import VllmEngine, VllmPlace  # noqa: PLC0415
+
+    adapter, url, export = settings.adapter, settings.vllm_url, settings.vllm_export
+    if adapter is None or url is None or export is None:  # the settings were checked
+        raise AssertionError("engine vllm needs adapter, vllm_url and vllm_export")
+    key = settings.vllm_api_key
+    place = VllmPlace(
+        url=url,
+        export=export,
+        export_there=settings.vllm_export_there,
+        api_key=None if key is None else key.get_secret_value(),
+        timeout_s=settings.vllm_timeout_s,
+        start_s=settings.vllm_start_s,
+        watch_s=settings.vllm_watch_s,
+    )
+    return VllmEngine(
+        adapter, place, base=settings.base, dtype=settings.dtype, trusted_keys=settings.trusted_keys
     )

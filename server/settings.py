@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "unknown_environment"]
@@ -23,7 +24,9 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of the base model's weights and activations."
+        default="auto",
+        description="Precision of the base model's weights and activations; with engine vllm the "
+        "--dtype of vLLM, float32 for auto.",
     )
     pass_memory_mb: int | None = Field(
         default=None,
@@ -40,6 +43,39 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         description="Name of the policy that no request can loosen; none is locked if unset.",
+    )
+
+    # who computes
+    engine: Literal["local", "vllm"] = Field(
+        default="local", description="local: this process. vllm: a vLLM server with an export."
+    )
+    vllm_url: str | None = Field(
+        default=None,
+        description="Where engine vllm finds its server, without /v1: http://127.0.0.1:8001.",
+    )
+    vllm_export: Path | None = Field(
+        default=None,
+        description="The adapter's export for engine vllm: `dalorra export --engine vllm`.",
+    )
+    vllm_export_there: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The directory vllm_export as vLLM sees it; the same path if unset.",
+    )
+    vllm_api_key: SecretStr | None = Field(
+        default=None, description="The --api-key of vLLM; none if unset."
+    )
+    vllm_timeout_s: float = Field(
+        default=30.0, gt=0, le=600, description="Longest wait for one answer of vLLM, in seconds."
+    )
+    vllm_start_s: float = Field(
+        default=300.0,
+        ge=0,
+        le=3600,
+        description="How long to wait at start for a vLLM that does not answer yet, in seconds.",
+    )
+    vllm_watch_s: float = Field(
+        default=2.0, gt=0, le=60, description="Time between two looks at vLLM, in seconds."
     )
 
     # adapters at run time
@@ -216,6 +252,41 @@ class Settings(BaseSettings):
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("tls_client_ca needs tls_cert and tls_key")
         return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        given = [name for name in sorted(self.model_fields_set) if name.startswith("vllm_")]
+        if self.engine == "local":
+            if given:
+                raise ValueError(f"{given[0]} needs engine vllm, got engine local")
+            return self
+        for name in ("vllm_url", "vllm_export", "adapter"):
+            if getattr(self, name) is None:
+                raise ValueError(f"engine vllm needs {name}")
+        for name in ("adapter_root", "pass_memory_mb", "deterministic"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be left out with engine vllm")
+        if self.device != "auto":
+            raise ValueError(
+                f"device must be auto with engine vllm, which computes elsewhere, got {self.device}"
+            )
+        return self
+
+    @field_validator("vllm_url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            sound = False
+        if not sound or "@" in url or "?" in url or "#" in url or url.rstrip("/").endswith("/v1"):
+            raise ValueError(
+                "must be http://HOST:PORT or https://HOST:PORT, with neither /v1 nor a password"
+            )
+        return url
 
     @staticmethod
     def default_state_dir() -> Path:

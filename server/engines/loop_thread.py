@@ -1,0 +1,66 @@
+"""An event loop in a thread of its own, for engines that talk to other servers."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from server.ports import EngineStoppedError
+
+__all__ = ["LoopThread"]
+
+T = TypeVar("T")
+_CLOSE_S = 5.0
+
+
+class LoopThread:
+    """Runs coroutines for other threads; what is cancelled there is cancelled here."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._lock = threading.Lock()  # nothing is submitted to a loop that ends
+        self._open = True
+
+    def start(self) -> None:
+        """Start the thread; to be called once, before anything is submitted."""
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Begin with a coroutine.
+
+        Raises:
+            EngineStoppedError: The loop is closed.
+        """
+        with self._lock:
+            if self._open:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise EngineStoppedError("the engine is closed")
+
+    def close(self) -> None:
+        """Cancel what runs and end the thread, in a few seconds at most."""
+        with self._lock:
+            was_open, self._open = self._open, False
+        if not was_open:
+            return
+        if not self._thread.is_alive():
+            self._loop.close()
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            with suppress(RuntimeError):
+                ended = asyncio.gather(*tasks, return_exceptions=True)
+                self._loop.run_until_complete(ended)
+            self._loop.close()
