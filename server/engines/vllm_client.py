@@ -23,7 +23,9 @@ __all__ = [
     "VllmKeyError",
     "VllmMissingError",
     "VllmRefusedError",
-    "label_logits",
+    "label_row",
+    "shown_row",
+    "top_tokens",
 ]
 
 _CONNECT_S = 5.0
@@ -145,12 +147,43 @@ class VllmClient:
             VllmRefusedError: It would not answer this.
             VllmAnswerError: The answer lacks what was asked for.
         """
+        extra = {"allowed_token_ids": list(token_ids)}
+        tables = await self._tables(model, prompts, len(token_ids), extra)
+        return [label_row(table, token_ids) for table in tables]
+
+    async def biased_logits(
+        self, model: str, prompts: Sequence[Sequence[int]], token_ids: Sequence[int], bias: float
+    ) -> list[list[float | None]]:
+        """Return (B, C) log-probabilities of the labels among all tokens, their logits biased.
+
+        None stands for a label that is not among the C most probable tokens.
+
+        Args:
+            model: Name of an adapter there.
+            prompts: B prompts, as token ids.
+            token_ids: Of the C labels.
+            bias: Added to the logit of each.
+
+        Raises:
+            Exception: See ``label_logits``.
+        """
+        extra = {"logit_bias": {str(token_id): bias for token_id in token_ids}}
+        tables = await self._tables(model, prompts, len(token_ids), extra)
+        return [shown_row(table, token_ids) for table in tables]
+
+    async def _tables(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        extra: Mapping[str, object],
+    ) -> list[Mapping[str, object]]:
+        """Return the ``count`` most probable tokens after each prompt, by ``token_id:N``."""
         body = {
             "model": model,
             "prompt": [list(prompt) for prompt in prompts],
             "max_tokens": 1,
-            "logprobs": len(token_ids),
-            "allowed_token_ids": list(token_ids),
+            "logprobs": count,
             "return_tokens_as_token_ids": True,
             # the base model's generation_config.json would set these where nothing is said
             "temperature": 0.0,
@@ -160,6 +193,7 @@ class VllmClient:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
+            **extra,
         }
         response = await self._exchange("POST", "/v1/completions", body)
         if response.status_code == HTTPStatus.NOT_FOUND:
@@ -168,7 +202,7 @@ class VllmClient:
             )
         if response.is_error:
             raise self._refused(response)
-        return label_logits(_json(response), len(prompts), token_ids)
+        return top_tokens(_json(response), len(prompts))
 
     async def _exchange(
         self, method: str, path: str, body: Mapping[str, object] | None = None
@@ -212,44 +246,59 @@ class VllmClient:
         )
 
 
-def label_logits(answer: Any, num_prompts: int, token_ids: Sequence[int]) -> list[list[float]]:
-    """Return the log-probabilities of the labels (B, C) in an answer of ``/v1/completions``.
-
-    Whatever they are normalised over, they are logits up to a constant of each row.
-
-    Args:
-        answer: The parsed body.
-        num_prompts: B.
-        token_ids: Of the C labels.
+def top_tokens(answer: Any, num_prompts: int) -> list[Mapping[str, object]]:
+    """Return the tables of an answer of ``/v1/completions``, one for each prompt, in their order.
 
     Raises:
-        VllmAnswerError: A prompt or a label is missing, or a value is no finite number.
+        VllmAnswerError: A prompt is missing, or there is one too many.
     """
     try:
         choices = {choice["index"]: choice["logprobs"] for choice in answer["choices"]}
         tables = [choices.pop(place)["top_logprobs"][0] for place in range(num_prompts)]
-        if choices:
-            raise VllmAnswerError(f"vLLM answered {len(choices)} prompts that were not asked")
-        return [_row(table, token_ids) for table in tables]
     except (AttributeError, IndexError, KeyError, TypeError):
+        tables, choices = [], {}
+    if choices or not tables or not all(isinstance(table, dict) for table in tables):
         raise VllmAnswerError(
-            f"vLLM's answer to {num_prompts} prompts lacks log-probabilities of some of them"
-        ) from None
+            f"vLLM's answer to {num_prompts} prompts must have log-probabilities for each of them, "
+            "and for no others"
+        )
+    return tables
 
 
-def _row(table: Mapping[str, object], token_ids: Sequence[int]) -> list[float]:
-    found = [table.get(f"{_LABEL}{token_id}") for token_id in token_ids]
-    missing = [i for i, value in zip(token_ids, found, strict=True) if value is None]
+def label_row(table: Mapping[str, object], token_ids: Sequence[int]) -> list[float]:
+    """Return the log-probability of every label.
+
+    Whatever they are normalised over, they are logits up to a constant.
+
+    Raises:
+        VllmAnswerError: A label is missing, or a value is no finite number.
+    """
+    row = shown_row(table, token_ids)
+    missing = [token_id for token_id, value in zip(token_ids, row, strict=True) if value is None]
     if missing:
         raise VllmAnswerError(
             f"vLLM's answer lacks the log-probabilities of {len(missing)} of {len(token_ids)} "
             f"label tokens (the first is {missing[0]}): start vLLM with --logprobs-mode "
             f"processed_logprobs and --max-logprobs of at least {len(token_ids)}"
         )
-    row = [float(value) for value in found if isinstance(value, int | float)]
-    if len(row) != len(token_ids) or not all(math.isfinite(value) for value in row):
-        raise VllmAnswerError("vLLM's answer has log-probabilities that are no finite numbers")
-    return row
+    return [value for value in row if value is not None]
+
+
+def shown_row(table: Mapping[str, object], token_ids: Sequence[int]) -> list[float | None]:
+    """Return the log-probabilities of the labels, None for those that are not in the table.
+
+    Raises:
+        VllmAnswerError: A value is no finite number.
+    """
+    return [_number(table.get(f"{_LABEL}{token_id}")) for token_id in token_ids]
+
+
+def _number(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    raise VllmAnswerError("vLLM's answer has log-probabilities that are no finite numbers")
 
 
 def _json(response: httpx.Response) -> Any:

@@ -40,11 +40,13 @@ class VllmExport:
         record: What is beside its adapters.
         samples: Its adapters, in order.
         point_method: Whether they give one answer only, without an epistemic part.
+        label_mass: Whether decisions depend on the label mass, which costs a second question.
     """
 
     record: ExportRecord
     samples: tuple[Sample, ...]
     point_method: bool
+    label_mass: bool
 
     @property
     def how_to_start(self) -> str:
@@ -85,7 +87,7 @@ def read_vllm_export(directory: Path, there: str | None, artifact: Artifact) -> 
         )
         for m, adapter in enumerate(record.adapters)
     )
-    return VllmExport(record, samples, point)
+    return VllmExport(record, samples, point, _needs_mass(artifact))
 
 
 def answering_of_export(
@@ -131,6 +133,16 @@ def answering_of_export(
         if point
         else f"adapter {manifest.name} is served by vLLM, which holds these exported samples only",
     )
+
+
+def _needs_mass(artifact: Artifact) -> bool:
+    """Whether a policy limits the label mass, or the combined score is made of it."""
+    manifest = artifact.manifest
+    limits = [limit for policy in manifest.policies for limit in (policy.accept, policy.abstain)]
+    if any(limit is not None and limit.score == "label_mass" for limit in limits):
+        return True
+    stored = manifest.calibration and manifest.calibration.combined
+    return stored is not None and "log_label_mass" in stored.weights
 
 
 def _temperature_of(artifact: Artifact) -> float:

@@ -15,6 +15,7 @@ from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.predictive.tempering import pooled
 from server.engines.vllm_client import VllmAnswerError, VllmClient, VllmMissingError
 from server.engines.vllm_export import VllmExport
+from server.engines.vllm_mass import LABEL_BIAS, label_mass
 from server.ports import AdapterSelfTestError, SelfTest
 
 __all__ = ["VllmSamples"]
@@ -82,6 +83,8 @@ class VllmSamples:
     async def predict(self, rows: Sequence[EncodedExample]) -> Prediction:
         """Return the label log-probabilities of every sample for every row, before a temperature.
 
+        With the label mass where decisions depend on it.
+
         Args:
             rows: At least one.
 
@@ -91,15 +94,13 @@ class VllmSamples:
             VllmAnswerError: Its answer lacks what was asked for.
         """
         prompts = [row.token_ids for row in rows]
-        logits = await _together(
-            [
-                self._client.label_logits(sample.name, prompts, self._token_ids)
-                for sample in self.export.samples
-            ]
-        )
+        asked = [self._ask(sample.name, prompts) for sample in self.export.samples]
+        answers = await _together(asked)
+        logits = torch.tensor([own for own, _ in answers], dtype=torch.float64)  # (M, B, C)
+        biased = [shown for _, shown in answers if shown is not None]
+        mass = label_mass(logits.log_softmax(-1), biased) if biased else None
         allowed = collate(rows, num_labels=len(self._token_ids)).allowed
-        found = label_log_probs(torch.tensor(logits, dtype=torch.float64), allowed)  # (M, B, C)
-        prediction = Prediction(found.float(), None)
+        prediction = Prediction(label_log_probs(logits, allowed).float(), mass)
         return pooled(prediction) if self.export.record.average == "logits" else prediction
 
     async def self_test(self) -> SelfTest:
@@ -135,6 +136,17 @@ class VllmSamples:
                 f"must serve {self.export.record.base.id} with --dtype {self._dtype}"
             )
         return found
+
+    async def _ask(
+        self, name: str, prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[list[float]], list[list[float | None]] | None]:
+        """Return what one sample says, and with a bias on its labels where that is needed."""
+        logits = await self._client.label_logits(name, prompts, self._token_ids)
+        if not self.export.label_mass:
+            return logits, None
+        # asked afterwards, when vLLM has the prompts in its prefix cache
+        biased = await self._client.biased_logits(name, prompts, self._token_ids, LABEL_BIAS)
+        return logits, biased
 
     @property
     def _limit(self) -> float:
