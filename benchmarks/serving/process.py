@@ -114,6 +114,7 @@ def serving(
     environment: Mapping[str, str] | None = None,
     port: int | None = None,
     timeout_s: float = 180.0,
+    ready: str = "/health/ready",
 ) -> Iterator[ServerProcess]:
     """Run a server until the block ends, however it ends; enter the block when it is ready.
 
@@ -123,6 +124,7 @@ def serving(
         environment: Put beside the variables of this process.
         port: Where to listen; a free one if left out.
         timeout_s: How long it may take to be ready.
+        ready: Path that answers 200 once it is.
 
     Raises:
         RuntimeError: It ended or did not get ready; the text has the end of its output.
@@ -137,7 +139,7 @@ def serving(
         )
     server = ServerProcess(popen, port, log)
     try:
-        while server.status_of("/health/ready") != 200:  # noqa: PLR2004 - OK
+        while server.status_of(ready) != 200:  # noqa: PLR2004 - OK
             if popen.poll() is not None or time.monotonic() - began_s > timeout_s:
                 raise RuntimeError(f"{command[0]} did not get ready:\n{server.log_tail()}")
             time.sleep(0.02)
