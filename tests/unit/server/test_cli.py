@@ -18,6 +18,7 @@ def test_help_names_every_option_and_the_exit_codes() -> None:
         *("--base", "--host", "--port", "--device", "--dtype", "--drain-seconds"),
         *("--max-rows", "--max-queued-rows", "--max-batch-tokens", "--request-timeout"),
         *("--adapter-root", "--trusted-keys", "--api-keys-file", "--allow-unauthenticated"),
+        *("--engine", "--vllm-url", "--vllm-export"),
         *("--tls-cert", "--tls-key", "--tls-client-ca", "--otel-endpoint"),
     ):
         assert option in result.output
@@ -49,6 +50,20 @@ def test_a_directory_that_is_no_adapter(tmp_path: Path) -> None:
     result = RUN.invoke(app, ["serve", str(tmp_path)])
     assert result.exit_code == 2
     assert "has no manifest.json" in result.output
+
+
+def test_the_vllm_engine_needs_an_export(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    vllm = ["serve", str(tmp_path), "--engine", "vllm", "--vllm-url", "http://127.0.0.1:1"]
+    result = RUN.invoke(app, vllm)
+    assert result.exit_code == 2
+    assert "engine vllm needs vllm_export" in result.output
+    result = RUN.invoke(app, [*vllm, "--vllm-export", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "has no dalorra-export.json" in result.output
+    result = RUN.invoke(app, ["serve", str(tmp_path), "--engine", "tpu"])
+    assert result.exit_code == 2
+    assert "engine" in result.output
 
 
 @pytest.mark.parametrize(

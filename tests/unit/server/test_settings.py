@@ -40,3 +40,41 @@ def test_a_misspelt_variable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_outside_their_domain(values: dict[str, float], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Settings(**values)  # type: ignore[arg-type]
+
+
+VLLM = {
+    "engine": "vllm",
+    "vllm_url": "http://127.0.0.1:8001",
+    "vllm_export": "exported",
+    "adapter": "adapters/clinc150",
+}
+
+
+def test_the_vllm_engine_needs_an_artifact_and_its_export() -> None:
+    settings = Settings(**VLLM)  # type: ignore[arg-type]
+    assert settings.vllm_api_key is None
+    assert "secret" not in repr(Settings(**VLLM, vllm_api_key="secret"))  # type: ignore[arg-type]
+    for name in ("vllm_url", "vllm_export", "adapter"):
+        rest = {key: value for key, value in VLLM.items() if key != name}
+        with pytest.raises(ValidationError, match=f"engine vllm needs {name}"):
+            Settings(**rest)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"adapter_root": "adapters"}, "adapter_root must be left out with engine vllm"),
+        ({"pass_memory_mb": 10}, "pass_memory_mb must be left out with engine vllm"),
+        ({"deterministic": True}, "deterministic must be left out with engine vllm"),
+        ({"device": "cuda"}, "device must be auto with engine vllm, .* got cuda"),
+        ({"engine": "local"}, "vllm_export needs engine vllm, got engine local"),
+        ({"vllm_url": "127.0.0.1:8001"}, "must be http://HOST:PORT"),
+        ({"vllm_url": "http://user:pass@host:1"}, "must be http://HOST:PORT"),
+        ({"vllm_url": "http://host:8001/v1/"}, "must be http://HOST:PORT"),
+        ({"vllm_url": "http://host:99999"}, "must be http://HOST:PORT"),
+        ({"vllm_timeout_s": 0}, "greater than 0"),
+    ],
+)
+def test_what_does_not_go_with_the_vllm_engine(values: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Settings(**{**VLLM, **values})  # type: ignore[arg-type]
