@@ -104,10 +104,7 @@ class VllmClient:
             raise self._refused(response)
         found = _json(response)
         try:
-            return {
-                str(card["id"]): ServedModel(card.get("parent"), card.get("max_model_len"))
-                for card in found["data"]
-            }
+            return {str(card["id"]): _served(card) for card in found["data"]}
         except (AttributeError, KeyError, TypeError):
             raise VllmAnswerError(f"the list of models of {self._url} is none") from None
 
@@ -244,6 +241,11 @@ class VllmClient:
         return VllmRefusedError(
             f"vLLM at {self._url} answers {response.status_code}: {_text_of(response)}"
         )
+
+
+def _served(card: Any) -> ServedModel:
+    length = card.get("max_model_len")
+    return ServedModel(card.get("parent"), length if isinstance(length, int) else None)
 
 
 def top_tokens(answer: Any, num_prompts: int) -> list[Mapping[str, object]]:

@@ -6,6 +6,7 @@ away, and none is answered by one that came back with another model.
 
 import asyncio
 import logging
+from contextlib import suppress
 
 from server.engines.vllm_client import VllmAnswerError, VllmRefusedError
 from server.engines.vllm_samples import VllmSamples
@@ -39,15 +40,16 @@ class VllmWatch:
 
     async def run(self) -> None:
         """Look for ever."""
-        while True:
-            await asyncio.sleep(min(_LEAST_PAUSE_S, self._interval_s))
-            try:
-                async with asyncio.timeout(self._interval_s):
-                    await self._soon.wait()
-            except TimeoutError:
-                pass
-            self._soon.clear()
-            await self._look()
+        try:
+            while True:
+                await asyncio.sleep(min(_LEAST_PAUSE_S, self._interval_s))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._interval_s):
+                        await self._soon.wait()
+                self._soon.clear()
+                await self._look()
+        finally:
+            self.problem = "nobody looks after vLLM any more"
 
     async def lost(self, reason: str) -> None:
         """Take note that a request found the server away, and look at once."""

@@ -192,7 +192,7 @@ def test_adapters_given_at_start_need_no_loading(base: Path, adapter: Path, expo
 def test_calibration_that_came_after_the_export_is_used(vllm: FakeVllm, tmp_path: Path) -> None:
     """Temperature, combined score (made of the label mass, too) and policies, but no promises."""
     adapter = train(tmp_path, "text", "dalorra")
-    out = exported(adapter)
+    out = exported(adapter, "samples:3", "--base", base_of(adapter))
     calibrate_by_hand(adapter)
     engine = VllmEngine(adapter, VllmPlace(vllm.url, out, start_s=0.0), base=base_of(adapter))
     local = LocalEngine([adapter], base=base_of(adapter), device="cpu")
