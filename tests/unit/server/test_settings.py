@@ -53,7 +53,7 @@ VLLM = {
 def test_the_vllm_engine_needs_an_artifact_and_its_export() -> None:
     settings = Settings(**VLLM)  # type: ignore[arg-type]
     assert settings.vllm_api_key is None
-    assert "secret" not in repr(Settings(**VLLM, vllm_api_key="secret"))  # type: ignore[arg-type]
+    assert "hush" not in repr(Settings(**VLLM, vllm_api_key="hush"))  # type: ignore[arg-type]
     for name in ("vllm_url", "vllm_export", "adapter"):
         rest = {key: value for key, value in VLLM.items() if key != name}
         with pytest.raises(ValidationError, match=f"engine vllm needs {name}"):
