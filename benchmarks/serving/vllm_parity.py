@@ -172,7 +172,7 @@ def _answered(engine: Engine, record: ExportRecord) -> Answered:
             design=record.design or own.design,
         )
         key = BatchKey(card.key, sampling)
-        rows = [BatchRow(key, engine.encode(card.key, TextQuestion(t), "none")) for t in TEXTS]
+        rows = [BatchRow(key, engine.encode(card.key, TextQuestion(t), "end")) for t in TEXTS]
         times = []
         for _ in range(REPEATS):
             began_s = time.monotonic()

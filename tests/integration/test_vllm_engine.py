@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +18,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 from typer.testing import CliRunner
 
+from benchmarks.serving.vllm_parity import Parity, main
 from dalorra_core.artifact.manifest import PromptRef
 from dalorra_core.artifact.store import load_artifact
 from dalorra_core.base_models.loading import load_tokenizer
@@ -253,6 +256,19 @@ def test_choices_are_normalised_over_their_own_labels(vllm: FakeVllm, base: Path
     card = check_as_local(vllm, adapter, exported(adapter), questions)
     assert card.selftest_max_abs_error is None
     assert any(len(body["prompt"][0]) == 8 for body in vllm.asked)  # without probes, one row is
+
+
+def test_the_comparison_with_a_real_vllm_holds_with_this_one(
+    vllm: FakeVllm, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "parity.json"
+    arguments = ["--url", vllm.url, "--adapter", str(adapter), "--samples", "3"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    found = json.loads(output.read_text("utf-8"))
+    assert json.loads(capsys.readouterr().out) == found
+    assert (found["rows"], found["num_samples"], found["label_mass"]) == (12, 3, None)
+    assert found["probabilities"] < 1e-5
+    assert not replace(Parity(**found), probabilities=math.nan).holds
 
 
 # -- what cannot be loaded ----------------------------------------------------------------------
