@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent import futures
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -87,7 +87,7 @@ class VllmPlace:
     url: str
     export: Path
     export_there: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 30.0
     start_s: float = 300.0
     watch_s: float = 2.0
