@@ -31,7 +31,14 @@ from server.ports import (
     UncertifiedTarget,
 )
 
-__all__ = ["Answering", "adapter_card", "answering_of", "calibration_card", "policy_of"]
+__all__ = [
+    "Answering",
+    "adapter_card",
+    "answering_of",
+    "calibration_card",
+    "policy_of",
+    "public_name",
+]
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> A
         labels=manifest.labels.labels,
         method=manifest.method.name,
         point_method=point,
-        base=_public_name(manifest.base.id),
+        base=public_name(manifest.base.id),
         base_fingerprint=manifest.base.fingerprint,
         max_tokens=manifest.prompt.max_tokens,
         defaults=how.sampling,
@@ -227,6 +234,6 @@ def _reference(calibration: Calibration) -> ReferenceProfile:
     )
 
 
-def _public_name(base: str) -> str:
+def public_name(base: str) -> str:
     """Return a base model's name without the directories of the host it was trained on."""
     return PurePath(base).name if base.startswith(("/", "~", ".")) else base

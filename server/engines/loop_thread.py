@@ -32,10 +32,10 @@ class LoopThread:
         """Begin with a coroutine.
 
         Raises:
-            EngineStoppedError: The loop is closed.
+            EngineStoppedError: The loop is closed, or was never started.
         """
         with self._lock:
-            if self._open:
+            if self._open and self._thread.is_alive():
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
         raise EngineStoppedError("the engine is closed")

@@ -4,6 +4,7 @@ Tokens, temperature, uncertainty, policies and self tests are the local engine's
 log-probabilities of each sample come from elsewhere. docs/vllm.md says how to start both.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from dalorra_core.predictive.tempering import tempered
 from server.engines.answers import Calibrated, score_batch
 from server.engines.cards import adapter_card
 from server.engines.certify_rows import CertifyRows, required_rows
-from server.engines.faults import LOAD_FAILURES, load_fault
+from server.engines.faults import LOAD_FAILURES, load_fault, without_paths
 from server.engines.loaded import calibrated_of, verified_artifact
 from server.engines.loop_thread import LoopThread
 from server.engines.questions import encode_question
@@ -63,6 +64,8 @@ from server.ports import (
 )
 
 __all__ = ["VllmEngine", "VllmPlace"]
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25  # between two looks at who still waits for a batch
 _START_PAUSE_S = 2.0
@@ -181,7 +184,7 @@ class VllmEngine:
         except LOAD_FAILURES as error:
             fault = load_fault(error, self._directory.name, self._directory, self._place.export)
         else:
-            self._loop.submit(served.watch.run())
+            self._loop.submit(served.watch.run()).add_done_callback(_log_end)
             self._served = served
             return (served.card,)
         raise fault
@@ -321,7 +324,7 @@ class VllmEngine:
             calibrated=calibrated_of(artifact, card),
             rows=rows,
             samples=samples,
-            watch=VllmWatch(samples, place.watch_s),
+            watch=VllmWatch(samples, place.url, place.watch_s),
         )
 
     def _reach(self, samples: VllmSamples) -> SelfTest:
@@ -368,7 +371,12 @@ _FOR_GOOD = (VllmKeyError, VllmMissingError, VllmRefusedError, VllmAnswerError)
 
 def _with_advice(text: str, samples: VllmSamples) -> str:
     advice = samples.export.how_to_start
-    return text if advice in text else f"{text}. {advice}"
+    return without_paths(text if advice in text else f"{text}. {advice}")
+
+
+def _log_end(watching: "futures.Future[None]") -> None:
+    if not watching.cancelled() and (error := watching.exception()) is not None:
+        logger.critical("the watch over vLLM died", exc_info=error)
 
 
 def _payload(row: BatchRow, served: _Served) -> _Row:

@@ -13,6 +13,7 @@ from dalorra_core.predictive.encoder import RowEncoder
 from dalorra_core.predictive.parity import PARITY_LIMIT
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.predictive.tempering import pooled
+from server.engines.cards import public_name
 from server.engines.vllm_client import VllmAnswerError, VllmClient, VllmMissingError
 from server.engines.vllm_export import VllmExport
 from server.engines.vllm_mass import LABEL_BIAS, label_mass
@@ -133,7 +134,7 @@ class VllmSamples:
             raise AdapterSelfTestError(
                 f"vLLM's answers differ from the export's golden probes by "
                 f"{found.max_abs_error:.3g}; the limit in {self._dtype} is {found.limit:g}. vLLM "
-                f"must serve {self.export.record.base.id} with --dtype {self._dtype}"
+                f"must serve {public_name(self.export.record.base.id)} with --dtype {self._dtype}"
             )
         return found
 

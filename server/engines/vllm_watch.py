@@ -8,6 +8,7 @@ import asyncio
 import logging
 from contextlib import suppress
 
+from server.engines.faults import without_paths
 from server.engines.vllm_client import VllmAnswerError, VllmRefusedError
 from server.engines.vllm_samples import VllmSamples
 from server.ports import AdapterSelfTestError, EngineUnavailableError
@@ -24,18 +25,22 @@ class VllmWatch:
     """One task on the client's event loop; ``problem`` may be read from any thread.
 
     Attributes:
-        problem: Why the server cannot be asked now; None when it can.
+        problem: Why the server cannot be asked now; None when it can. Everybody may read it, so it
+            names neither an address nor a path; the log does.
     """
 
-    def __init__(self, samples: VllmSamples, interval_s: float) -> None:
+    def __init__(self, samples: VllmSamples, url: str, interval_s: float) -> None:
         """Say what is watched.
 
         Args:
             samples: What the server must hold; it has just been seen to.
+            url: Where it is, as errors name it.
             interval_s: Time between two looks, in seconds.
         """
         self.problem: str | None = None
         self._samples, self._interval_s = samples, interval_s
+        self._at = f" at {url.rstrip('/')}"
+        self._reason: str | None = None
         self._soon = asyncio.Event()
 
     async def run(self) -> None:
@@ -65,9 +70,10 @@ class VllmWatch:
         else:
             self._set(None)
 
-    def _set(self, problem: str | None) -> None:
-        before, self.problem = self.problem, problem
-        if problem is not None and problem != before:
-            logger.error("vllm cannot be asked", extra={"reason": problem})
-        elif problem is None and before is not None:
+    def _set(self, reason: str | None) -> None:
+        before, self._reason = self._reason, reason
+        self.problem = None if reason is None else without_paths(reason.replace(self._at, ""))
+        if reason is not None and reason != before:
+            logger.error("vllm cannot be asked", extra={"reason": reason})
+        elif reason is None and before is not None:
             logger.info("vllm can be asked again")

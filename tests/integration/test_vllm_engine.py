@@ -460,7 +460,8 @@ async def test_a_server_that_dies_and_comes_back(
         before = await classify(client)
         await asyncio.to_thread(vllm.stop)
         told = await readiness(client, 503)  # without any request
-        assert "cannot be reached" in told
+        assert "vLLM cannot be reached" in told
+        assert vllm.url not in told
         response = await classify(client, input=list(TEXTS))
         check_problem(response, 503, "engine_unavailable")
         assert response.headers["retry-after"] == "5"
@@ -558,6 +559,14 @@ async def test_what_nobody_waits_for_is_aborted_in_vllm(
         await until(lambda: vllm.aborted == 3)  # one of each sample
         vllm.delay_s = 0.0
         await check_well(client, before)
+
+
+def test_an_engine_that_was_never_loaded_can_be_closed(adapter: Path, export: Path) -> None:
+    engine = VllmEngine(adapter, VllmPlace("http://127.0.0.1:1", export, api_key="hush"))
+    assert "hush" not in repr(engine._place)
+    assert engine.problem is None
+    engine.close()
+    engine.close()
 
 
 def test_what_an_engine_of_one_adapter_refuses(vllm: FakeVllm, adapter: Path, export: Path) -> None:
