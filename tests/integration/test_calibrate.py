@@ -25,7 +25,7 @@ from dalorra_core.metrics.uncertainty import mean_probs
 from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.training.run import run_training
 from server.cli import app
-from server.engines.cards import adapter_card
+from server.engines.cards import adapter_card, answering_of
 from tests.support.tiny_models import write_jsonl
 from tests.support.tiny_tasks import INTENTS, TinyTask, tiny_config
 
@@ -432,7 +432,7 @@ def test_the_chosen_plan_is_what_is_served_and_certified(
     assert predictor.self_test() < 1e-5
     old = Predictor.load(calibrated[0], base=str(task.base), device="cpu")
     assert predictor.mask_set(old.default_plan) == old.mask_set(old.default_plan)
-    card = adapter_card(predictor, 0.0)
+    card = adapter_card(predictor.artifact, answering_of(predictor), 0.0)
     assert (card.defaults.num_samples, card.defaults.design) == (plan.num_samples, plan.design)
     assert card.calibration is not None
     assert card.calibration.void is None

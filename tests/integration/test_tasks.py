@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dalorra_core.artifact.store import load_artifact
+from dalorra_core.base_models.loading import load_tokenizer
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.data.tasks import load_task
@@ -94,11 +95,12 @@ async def test_what_the_published_protocol_needs_is_kept_when_serving(folder: Pa
     assert manifest.prompt.append_eos
     predictor = Predictor.load(adapter, base=str(folder / "base"), device="cpu")
     labels = LabelSet(manifest.labels.labels, manifest.labels.token_ids)
-    rows = evaluation_rows(config.data, predictor._tokenizer, labels)
+    tokenizer = load_tokenizer(folder / "base")
+    rows = evaluation_rows(config.data, tokenizer, labels)
     log_probs = predictor.predict(rows).log_probs
     assert log_probs[..., 4].eq(float("-inf")).all()
     assert log_probs[..., :4].isfinite().all()
-    arc = evaluation_rows(config.data, predictor._tokenizer, labels, of="arc_challenge")
+    arc = evaluation_rows(config.data, tokenizer, labels, of="arc_challenge")
     assert predictor.predict(arc).log_probs.isfinite().all()
     found, wider = await asked(adapter, folder / "base", QUESTION, WIDER)
     assert found["labels"] == ["A", "B", "C", "D"]
