@@ -2,31 +2,41 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from server.ports import EngineStoppedError
 
-__all__ = ["LoopThread"]
+__all__ = ["LoopThread", "outcome"]
 
 T = TypeVar("T")
 _CLOSE_S = 5.0
+_CLOSED = "the engine is closed"
 
 
 class LoopThread:
     """Runs coroutines for other threads; what is cancelled there is cancelled here."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, at_end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Say what is to run.
+
+        Args:
+            name: Of the thread.
+            at_end: Run on the loop as the last thing, when all else was cancelled.
+        """
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._lock = threading.Lock()  # nothing is submitted to a loop that ends
         self._open = True
+        self._at_end = at_end
 
     def start(self) -> None:
         """Start the thread; to be called once, before anything is submitted."""
-        self._thread.start()
+        with self._lock:
+            if self._open:
+                self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Begin with a coroutine.
@@ -38,7 +48,16 @@ class LoopThread:
             if self._open and self._thread.is_alive():
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
-        raise EngineStoppedError("the engine is closed")
+        raise EngineStoppedError(_CLOSED)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what a coroutine gives.
+
+        Raises:
+            EngineStoppedError: The loop is closed, was closed meanwhile, or was never started.
+            Exception: Whatever it raises.
+        """
+        return outcome(self.submit(work))
 
     def close(self) -> None:
         """Cancel what runs and end the thread, in a few seconds at most."""
@@ -63,4 +82,18 @@ class LoopThread:
             with suppress(RuntimeError):
                 ended = asyncio.gather(*tasks, return_exceptions=True)
                 self._loop.run_until_complete(ended)
+                self._loop.run_until_complete(self._at_end())
             self._loop.close()
+
+
+def outcome(future: "Future[T]") -> T:
+    """Return what a coroutine of a loop gives; waits for it.
+
+    Raises:
+        EngineStoppedError: The loop was closed meanwhile.
+        Exception: Whatever it raises.
+    """
+    try:
+        return future.result()
+    except CancelledError:
+        raise EngineStoppedError(_CLOSED) from None

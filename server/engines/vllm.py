@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent import futures
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from server.engines.cards import adapter_card
 from server.engines.certify_rows import CertifyRows, required_rows
 from server.engines.faults import LOAD_FAILURES, load_fault, without_paths
 from server.engines.loaded import calibrated_of, verified_artifact
-from server.engines.loop_thread import LoopThread
+from server.engines.loop_thread import LoopThread, outcome
 from server.engines.questions import encode_question
 from server.engines.stored import stored_adapter
 from server.engines.vllm_client import (
@@ -69,7 +68,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25  # between two looks at who still waits for a batch
 _START_PAUSE_S = 2.0
-_CLOSE_S = 3.0
 _BATCH_TOKENS = 65_536
 
 
@@ -145,8 +143,8 @@ class VllmEngine:
         self._dtype = "float32" if dtype == "auto" else dtype
         self._trusted_keys = trusted_keys
         self._closing = threading.Event()
-        self._loop = LoopThread("dalorra-vllm")
         self._client = VllmClient(place.url, api_key=place.api_key, timeout_s=place.timeout_s)
+        self._loop = LoopThread("dalorra-vllm", self._client.aclose)
         self._served: _Served | None = None
 
     @property
@@ -214,7 +212,7 @@ class VllmEngine:
             RowRejectedError: The adapter is not loaded.
             Exception: vLLM did not answer.
         """
-        return self._loop.submit(self._of(adapter).samples.self_test()).result()
+        return self._loop.run(self._of(adapter).samples.self_test())
 
     def encode(self, adapter: str, question: Question, truncate: Truncate) -> EncodedRow:
         """Return a question as tokens.
@@ -286,8 +284,6 @@ class VllmEngine:
         """Hang up; the samples stay in vLLM, where other servers may use them."""
         self._closing.set()
         self._served = None
-        with suppress(EngineStoppedError, TimeoutError):
-            self._loop.submit(self._client.aclose()).result(_CLOSE_S)
         self._loop.close()
 
     def _of(self, adapter: str) -> _Served:
@@ -332,8 +328,8 @@ class VllmEngine:
         until_s = time.monotonic() + self._place.start_s
         while True:
             try:
-                self._loop.submit(samples.register()).result()
-                return self._loop.submit(samples.verify()).result()
+                self._loop.run(samples.register())
+                return self._loop.run(samples.verify())
             except _FOR_GOOD as error:
                 raise AdapterLoadError(_with_advice(str(error), samples)) from None
             except EngineUnavailableError as error:
@@ -357,11 +353,11 @@ class VllmEngine:
                 asked.cancel()
                 return None
         try:
-            return asked.result()
+            return outcome(asked)
         except VllmBusyError:
             raise
         except EngineUnavailableError as error:
-            self._loop.submit(served.watch.lost(str(error))).result()
+            self._loop.run(served.watch.lost(str(error)))
             raise
 
 

@@ -36,7 +36,7 @@ _LOST = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 
 
 class VllmBusyError(EngineUnavailableError):
-    """vLLM takes no more requests now (429)."""
+    """vLLM takes no more requests now; it is there."""
 
 
 class VllmKeyError(EngineUnavailableError):
@@ -222,7 +222,9 @@ class VllmClient:
                 f"vLLM at {self._url} answers {status}: vllm_api_key must be the --api-key that it "
                 "was started with"
             )
-        if status == HTTPStatus.TOO_MANY_REQUESTS:
+        if status == HTTPStatus.TOO_MANY_REQUESTS or (
+            status == HTTPStatus.SERVICE_UNAVAILABLE and _own_text(response) is not None
+        ):  # a full queue is a 503 of vLLM's own; one of a proxy says that nobody is behind it
             raise VllmBusyError(f"vLLM at {self._url} takes no more requests now ({status})")
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
             raise EngineUnavailableError(f"vLLM at {self._url} answers {status}")
@@ -314,13 +316,18 @@ def _json(response: httpx.Response) -> Any:
 
 def _text_of(response: httpx.Response) -> str:
     """Return what an error says, in vLLM's forms or in that of whatever answered instead."""
+    return _own_text(response) or response.reason_phrase
+
+
+def _own_text(response: httpx.Response) -> str | None:
+    """Return what an error in one of vLLM's forms says; None when it has none of them."""
     try:
         body = json.loads(response.content)
     except (ValueError, RecursionError):
-        return response.reason_phrase
+        return None
     parts = [body, body.get("error")] if isinstance(body, dict) else []
     for part in parts:
         for name in ("message", "detail"):
             if isinstance(part, dict) and isinstance(part.get(name), str):
                 return str(part[name])[:_LONGEST_TEXT]
-    return response.reason_phrase
+    return None

@@ -308,6 +308,30 @@ def test_closing_ends_the_waiting(base: Path, adapter: Path, export: Path) -> No
         engine.encode("tiny", QUESTIONS[0], "none")
 
 
+def _stopped(engine: VllmEngine) -> bool:
+    """Return whether loading ends because the engine was closed."""
+    try:
+        engine.load()
+    except EngineStoppedError:
+        return True
+    return False
+
+
+def test_closing_ends_a_question(vllm: FakeVllm, adapter: Path, export: Path) -> None:
+    vllm.delay_s = 60.0
+    engine = engine_on(vllm, adapter, export, timeout_s=120.0)
+    told: list[bool] = []
+    loading = threading.Thread(target=lambda: told.append(_stopped(engine)))
+    loading.start()
+    end_s = time.monotonic() + 60
+    while not vllm.asked:  # the golden probes
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+    engine.close()
+    loading.join(30)
+    assert told == [True]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -534,6 +558,30 @@ async def test_an_answer_that_is_none_fails_its_request_only(
             vllm.fault = None
             await check_well(client, before)
             assert app.state.service.lifecycle.phase == "serving"
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (lambda: JSONResponse({"error": {"message": "slow down"}}, 429), None),
+        (lambda: JSONResponse({"error": {"message": "The engine is currently busy"}}, 503), None),
+        (lambda: Response("no healthy upstream", 503), "vLLM answers 503"),
+        (
+            lambda: JSONResponse({"error": "The model is currently scaling"}, 503),
+            "vLLM answers 503",
+        ),
+    ],
+    ids=["busy", "full", "proxy", "scaling"],
+)
+def test_a_full_queue_is_no_outage(
+    vllm: FakeVllm, adapter: Path, export: Path, fault: Callable[[], Response], problem: str | None
+) -> None:
+    engine = engine_on(vllm, adapter, export, watch_s=30.0)
+    with loaded(engine) as card:
+        vllm.fault = fault()
+        with pytest.raises(EngineUnavailableError):
+            answers(engine, card, QUESTIONS, card.defaults)
+        assert engine.problem == problem
 
 
 @async_test
