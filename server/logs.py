@@ -173,3 +173,4 @@ def configure_logging(level: str) -> None:
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # the middleware's line is ours
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every question to vLLM

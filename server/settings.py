@@ -282,7 +282,8 @@ class Settings(BaseSettings):
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             sound = False
-        if not sound or "@" in url or "?" in url or "#" in url or url.rstrip("/").endswith("/v1"):
+        sound = sound and url.isprintable() and not any(c in url for c in "@?# ")
+        if not sound or url.rstrip("/").endswith("/v1"):
             raise ValueError(
                 "must be http://HOST:PORT or https://HOST:PORT, with neither /v1 nor a password"
             )

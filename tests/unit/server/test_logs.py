@@ -241,6 +241,7 @@ def test_debug_is_about_our_own_code_only(monkeypatch: pytest.MonkeyPatch) -> No
         for name in ("sqlalchemy.engine", "urllib3", "asyncio", "opentelemetry"):
             assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
         assert logging.getLogger("uvicorn.error").isEnabledFor(logging.INFO)
+        assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
     finally:
         root.setLevel(level)
         for name in ("server", "dalorra", "dalorra_core"):

@@ -72,6 +72,8 @@ def test_the_vllm_engine_needs_an_artifact_and_its_export() -> None:
         ({"vllm_url": "http://user:pass@host:1"}, "must be http://HOST:PORT"),
         ({"vllm_url": "http://host:8001/v1/"}, "must be http://HOST:PORT"),
         ({"vllm_url": "http://host:99999"}, "must be http://HOST:PORT"),
+        ({"vllm_url": "http://a host:8001"}, "must be http://HOST:PORT"),
+        ({"vllm_url": "http://host\x01:8001"}, "must be http://HOST:PORT"),
         ({"vllm_timeout_s": 0}, "greater than 0"),
     ],
 )
