@@ -10,7 +10,6 @@ status is 1 where a probability differs by more than 1e-4 in float32.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,19 +22,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.hardware import describe_hardware
+from benchmarks.output import publish
 from benchmarks.serving.process import free_port, serving
 from dalorra_core.artifact.export_record import ExportRecord, read_export
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.predictive.parity import PARITY_LIMIT
 from server.engines.local import LocalEngine
 from server.engines.vllm import VllmEngine, VllmPlace
-from server.ports import BatchKey, BatchRow, Engine, RowScores, Sampling, TextQuestion
+from server.ports import BatchKey, BatchRow, BatchScores, Engine, RowScores, Sampling, TextQuestion
 
 __all__ = ["Answered", "Parity", "compare", "main"]
 
 ROOT = Path(__file__).parents[2]
 START_S = 900.0
-REPEATS = 5
 TEXTS = (
     "transfer 100 dollars from checking to savings",
     "i need help with my account",
@@ -66,7 +65,7 @@ class Answered:
 
     Attributes:
         rows: In the order of the questions.
-        batch_s: Median of ``REPEATS`` batches, in seconds.
+        batch_s: Median over the repeats, in seconds.
         sampling: As its card says.
     """
 
@@ -116,15 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         export = _exported(chosen.adapter, folder / "export", chosen.samples, chosen.design)
         record = read_export(export)
-        local = _answered(LocalEngine([chosen.adapter], device="cpu", dtype="float32"), record)
+        here = LocalEngine([chosen.adapter], device="cpu", dtype="float32")
+        local = _answered(here, record, chosen.repeats)
         with _vllm(chosen.python, record, folder / "vllm.log", chosen.url) as url:
             place = VllmPlace(url=url, export=export, timeout_s=300.0, start_s=START_S)
-            there = _answered(VllmEngine(chosen.adapter, place), record)
+            there = _answered(VllmEngine(chosen.adapter, place), record, chosen.repeats)
     found = compare(local, there)
-    text = json.dumps(asdict(found), indent=1) + "\n"
-    sys.stdout.write(text)
-    if chosen.output is not None:
-        chosen.output.write_text(text, encoding="utf-8")
+    publish(asdict(found), chosen.output)
     return 0 if found.holds else 1
 
 
@@ -161,7 +158,7 @@ def _largest(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def _answered(engine: Engine, record: ExportRecord) -> Answered:
+def _answered(engine: Engine, record: ExportRecord, repeats: int) -> Answered:
     """Load an engine, ask it every question with the exported samples, and close it."""
     try:
         (card,) = engine.load()
@@ -173,13 +170,14 @@ def _answered(engine: Engine, record: ExportRecord) -> Answered:
         )
         key = BatchKey(card.key, sampling)
         rows = [BatchRow(key, engine.encode(card.key, TextQuestion(t), "end")) for t in TEXTS]
-        times = []
-        for _ in range(REPEATS):
+        batches: list[BatchScores] = []
+        times: list[float] = []
+        for _ in range(repeats):
             began_s = time.monotonic()
-            scores = engine.run_batch(rows, lambda _place: True)
+            batches.append(engine.run_batch(rows, lambda _place: True))
             times.append(time.monotonic() - began_s)
-        found = tuple(row for row in scores.rows if row is not None)
-        return Answered(found, sorted(times)[REPEATS // 2], sampling)
+        found = tuple(row for row in batches[-1].rows if row is not None)
+        return Answered(found, sorted(times)[repeats // 2], sampling)
     finally:
         engine.close()
 
@@ -206,7 +204,7 @@ def _vllm(python: Path | None, record: ExportRecord, log: Path, url: str | None)
         *("--model", str(resolve_base_model(record.base.id)), "--dtype", "float32"),
         *("--enable-lora", "--max-loras", str(m), "--max-cpu-loras", str(m)),
         *("--max-lora-rank", str(record.r), "--max-logprobs", str(c)),
-        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+        *("--logprobs-mode", "processed_logprobs"),
         *("--max-model-len", str(record.prompt.max_tokens + 1), "--host", "127.0.0.1"),
     ]
     port = free_port()
@@ -217,10 +215,11 @@ def _vllm(python: Path | None, record: ExportRecord, log: Path, url: str | None)
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--adapter", type=Path, default=ROOT / "adapters" / "clinc150")
     parser.add_argument("--samples", type=int, default=4, help="M")
     parser.add_argument("--design", default="stratified", help="iid, stratified or antithetic")
+    parser.add_argument("--repeats", type=int, default=5, help="batches that are timed")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--python", type=Path, help="Python of an environment with vLLM")
