@@ -309,15 +309,27 @@ GPUS = {  # bf16 without sparsity in FLOP/s, memory in bytes/s and bytes: the ma
 REACHED = 0.65
 """Share of a data sheet's FLOP/s and bandwidth that is assumed to be reached."""
 
+FILLED = 0.8
+"""Share of a GPU's memory for weights and adapters: a fifth for activations and the rest."""
+
+
+def gpus_for(shape: Shape, memory: float) -> int:
+    """Return how many GPUs of so many bytes hold the weights in bf16."""
+    return int(-(-weight_bytes(shape) // (FILLED * memory)))
+
+
+def weight_bytes(shape: Shape) -> int:
+    """Return the bytes of the weights in bf16."""
+    return 2 * (shape.layers * shape.layer_weights + shape.width * shape.vocabulary)
+
 
 def planning(rows: int, length: int, samples: Sequence[int]) -> list[dict[str, Any]]:
     """Return predicted times of one pass in bf16 on GPUs that hold the weights."""
     found: list[dict[str, Any]] = []
     for model, shape in MODELS.items():
         for gpu, (flops, bandwidth, memory) in GPUS.items():
-            weights = 2 * (shape.layers * shape.layer_weights + shape.width * shape.vocabulary)
-            count = -(-weights // (0.8 * memory))  # a fifth for activations and the rest
-            entry: dict[str, Any] = {"model": model, "gpu": gpu, "gpus": int(count)}
+            count = gpus_for(shape, memory)
+            entry: dict[str, Any] = {"model": model, "gpu": gpu, "gpus": count}
             for m in samples:
                 work = pass_work(shape, rows, length, m)
                 rate, reading = (REACHED * count * x for x in (flops, bandwidth))

@@ -53,7 +53,7 @@ from server.shadow import Shadows
 from server.telemetry import Telemetry
 from server.tracing import make_tracing
 
-__all__ = ["create_app"]
+__all__ = ["admission_limits", "create_app"]
 
 _DESCRIPTION = (
     "Classification and multiple choice with a language model that says how far its answer can be "
@@ -118,15 +118,7 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
 def _make_service(factory: EngineFactory, settings: Settings) -> Service:
     telemetry = Telemetry(git_sha=settings.git_sha)
     manager = AdapterManager(settings, telemetry)
-    limits = AdmissionLimits(
-        max_requests=settings.max_requests,
-        max_rows=settings.max_queued_rows,
-        max_tokens=settings.max_queued_tokens,
-        # by then everything that is inside now has met its deadline
-        max_retry_after_s=math.ceil(settings.max_request_timeout_s),
-        batch_share=settings.batch_priority_share,
-    )
-    admission = Admission(limits)
+    admission = Admission(admission_limits(settings))
     return Service(
         settings=settings,
         telemetry=telemetry,
@@ -138,6 +130,18 @@ def _make_service(factory: EngineFactory, settings: Settings) -> Service:
         shadows=Shadows(telemetry),
         signer=make_signer(settings),
         feedback=_make_feedback(settings, telemetry),
+    )
+
+
+def admission_limits(settings: Settings) -> AdmissionLimits:
+    """Return how much may be inside the server under these settings."""
+    return AdmissionLimits(
+        max_requests=settings.max_requests,
+        max_rows=settings.max_queued_rows,
+        max_tokens=settings.max_queued_tokens,
+        # by then everything that is inside now has met its deadline
+        max_retry_after_s=math.ceil(settings.max_request_timeout_s),
+        batch_share=settings.batch_priority_share,
     )
 
 

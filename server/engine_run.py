@@ -12,7 +12,7 @@ from server.ports import AdapterCard, Engine
 from server.settings import Settings
 from server.telemetry import Loss, Telemetry
 
-__all__ = ["AdapterHost", "EngineRun", "in_thread"]
+__all__ = ["AdapterHost", "EngineRun", "batch_limits", "in_thread"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class EngineRun:
         self._closing: asyncio.Future[None] | None = None
         self.batcher = Batcher(
             engine.run_batch,
-            _limits(engine, settings),
+            batch_limits(engine, settings),
             self,
             wake,
             num_inside=lambda: admission.num_requests,
@@ -180,7 +180,8 @@ def in_thread(work: Callable[[], T], name: str) -> "asyncio.Future[T]":
     return future
 
 
-def _limits(engine: Engine, settings: Settings) -> BatchLimits:
+def batch_limits(engine: Engine, settings: Settings) -> BatchLimits:
+    """Return the bounds of a batch: the settings, and what the engine says of its hardware."""
     return BatchLimits(
         max_rows=1 if settings.deterministic else settings.max_batch_rows,
         max_tokens=settings.max_batch_tokens or engine.preferred_batch_tokens,

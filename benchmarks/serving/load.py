@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ __all__ = [
     "made_texts",
     "open_loop",
     "percentile",
+    "poisson",
     "read_texts",
+    "replay",
     "watch",
 ]
 
@@ -86,6 +88,40 @@ async def closed_loop(
     return replies
 
 
+def poisson(rate: float, seconds: float, seed: int = 0) -> Iterator[float]:
+    """Yield the moments of a Poisson process of so many a second, in seconds from its start."""
+    draw = random.Random(seed)  # noqa: S311 - no secret
+    at_s = draw.expovariate(rate)
+    while at_s < seconds:
+        yield at_s
+        at_s += draw.expovariate(rate)
+
+
+async def replay(
+    wire: Wire,
+    body: Body,
+    moments: Iterable[float],
+    *,
+    headers: Mapping[str, str] | None = None,
+) -> list[Reply]:
+    """Send one request at each moment, whatever comes back; return all replies in order.
+
+    Args:
+        wire: Connections to the server.
+        body: Makes the body of a request.
+        moments: In seconds from now, in order.
+        headers: Of every request.
+    """
+    tasks: list[asyncio.Task[Reply]] = []
+    began_s = time.monotonic()
+    for number, at_s in enumerate(moments):
+        due_s = began_s + at_s
+        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+        sending = wire.ask("POST", "/v1/classify", body(number), headers, due_s=due_s)
+        tasks.append(asyncio.create_task(sending))
+    return list(await asyncio.gather(*tasks))
+
+
 async def open_loop(
     wire: Wire,
     body: Body,
@@ -105,20 +141,7 @@ async def open_loop(
         headers: Of every request.
         seed: Of the moments.
     """
-    draw = random.Random(seed)  # noqa: S311 - no secret
-    tasks: list[asyncio.Task[Reply]] = []
-    due_s = time.monotonic()
-    end_s = due_s + seconds
-    number = 0
-    while True:
-        due_s += draw.expovariate(rate)
-        if due_s >= end_s:
-            break
-        await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-        sending = wire.ask("POST", "/v1/classify", body(number), headers, due_s=due_s)
-        tasks.append(asyncio.create_task(sending))
-        number += 1
-    return list(await asyncio.gather(*tasks))
+    return await replay(wire, body, poisson(rate, seconds, seed), headers=headers)
 
 
 async def capacity(

@@ -2,7 +2,7 @@
 
 from server.batching.admission import Admission, AdmissionLimits, Permit, QueueFullError
 from server.batching.batcher import Batcher
-from server.batching.plan import BatchLimits, BatchPlan, plan_batch, release
+from server.batching.plan import BatchLimits, BatchPlan, next_batch, plan_batch, release
 from server.batching.pulse import Pulse
 from server.batching.stats import BatchObserver, BatchStats, FailureReason
 from server.batching.ticket import (
@@ -32,6 +32,7 @@ __all__ = [
     "Pulse",
     "QueueFullError",
     "Ticket",
+    "next_batch",
     "plan_batch",
     "release",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "BatchPlan",
     "Release",
     "ReleaseReason",
+    "next_batch",
     "padded_tokens",
     "plan_batch",
     "release",
@@ -77,6 +78,32 @@ class Release(NamedTuple):
 
     reason: ReleaseReason | None
     wait_s: float | None
+
+
+def next_batch(
+    waiting: Sequence[Pending],
+    limits: BatchLimits,
+    *,
+    now_s: float,
+    num_inside: int,
+    stopping: bool,
+) -> tuple[BatchPlan, Release]:
+    """Return what an idle engine is to run now, or how long it is to wait: the whole policy.
+
+    Args:
+        waiting: Admitted rows; not changed.
+        limits: Bounds of one batch.
+        now_s: Current time in seconds on the monotonic clock.
+        num_inside: Requests in the server, those that have not come to the queue yet included.
+        stopping: Whether the server drains, when waiting for company is pointless.
+
+    Returns:
+        The partition of ``waiting``, and whether its ``rows`` are to run now.
+    """
+    plan = plan_batch(waiting, limits, now_s=now_s, is_cancelled=_is_cancelled)
+    num_here = len({pending.ticket for pending in (*plan.rows, *plan.remaining)})
+    alone = num_inside <= num_here
+    return plan, release(plan, limits, now_s=now_s, alone=alone, stopping=stopping)
 
 
 def plan_batch(
@@ -159,6 +186,10 @@ def release(
 def padded_tokens(rows: Sequence[Pending]) -> int:
     """Return the longest row times the number of rows: tokens of one pass, padding included."""
     return max(row.num_tokens for row in rows) * len(rows)
+
+
+def _is_cancelled(pending: Pending) -> bool:
+    return pending.ticket.settled
 
 
 def _matches(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from server.batching.plan import BatchLimits, BatchPlan, ReleaseReason, plan_batch, release
+from server.batching.plan import BatchLimits, BatchPlan, ReleaseReason, next_batch
 from server.batching.ticket import DeadlinePassedError, Pending, Ticket
 from server.ports import EngineStoppedError, Priority
 
@@ -74,20 +74,15 @@ class RowQueue:
         with self._changed:
             self._running = ()
             while not self._closed:
-                now_s = time.monotonic()
-                plan = plan_batch(
-                    self._waiting, self._limits, now_s=now_s, is_cancelled=_is_cancelled
+                plan, (reason, wait_s) = next_batch(
+                    self._waiting,
+                    self._limits,
+                    now_s=time.monotonic(),
+                    num_inside=self._num_inside(),
+                    stopping=self._stopping,
                 )
                 for pending in plan.expired:
                     pending.ticket.fail(DeadlinePassedError())
-                num_here = len({pending.ticket for pending in (*plan.rows, *plan.remaining)})
-                reason, wait_s = release(
-                    plan,
-                    self._limits,
-                    now_s=now_s,
-                    alone=self._num_inside() <= num_here,
-                    stopping=self._stopping,
-                )
                 if reason is not None:
                     self._waiting = list(plan.remaining)
                     self._running = plan.rows
@@ -113,7 +108,3 @@ class RowQueue:
             self._waiting = []
             self._changed.notify()
         return left
-
-
-def _is_cancelled(pending: Pending) -> bool:
-    return pending.ticket.settled

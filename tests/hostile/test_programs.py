@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.queue_simulation.__main__ import main as queue_simulation
 from benchmarks.serving import fuzz, hot_swap, overload, rolling, soak, targets
 from tests.support.required import require_or_skip
 
@@ -38,6 +39,22 @@ def test_ten_times_the_capacity_loses_nobody(tmp_path: Path) -> None:
     answers = json.loads(output.read_text())["answers"]
     assert answers["429"] > answers["200"] > 0
     assert found["throughput / peak"]["found"] > 0.5  # a busy machine may take its share
+
+
+def test_a_simulation_says_beforehand_what_a_paced_server_does(tmp_path: Path) -> None:
+    output = tmp_path / "check.json"
+    options = "--check --fake 2000 --loads 0.5 3 --seconds 4 --front-seconds 0.5"
+    options += " --deadline-ms 3000 --texts-used 8 --sizes 2 --repeats 1 --requests 200"
+    queue_simulation([*options.split(), "--output", str(output)])
+    found = json.loads(output.read_text())
+    for load in found["loads"]:
+        assert load["predicted"]["requests"] == load["measured"]["requests"] > 0
+    light, heavy = found["loads"]
+    assert light["predicted"]["shed"] == light["measured"]["shed"] == 0
+    assert heavy["predicted"]["shed"] > 0.2
+    ratio = heavy["measured"]["answered_per_s"] / heavy["predicted"]["answered_per_s"]
+    assert 0.3 < ratio < 1.5  # a busy machine may take its share
+    assert found["replicas"]["least-connections"]["ratio"] > 1.7
 
 
 def test_an_adapter_is_replaced_under_traffic_without_a_failed_or_wrong_answer(
