@@ -26,7 +26,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test soak lint format types secrets clean
+.PHONY: help serve install dev test test-ray soak lint format types secrets clean
 
 help:  ## List the targets and the settings
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ dev: $(STAMPS)/dev  ## Install the test and lint tools too
 
 test: $(STAMPS)/test  ## Run the tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-ray: $(STAMPS)/ray  ## Run the tests on a Ray cluster of this machine (300 MB more in .venv)
+	@DALORRA_TEST_REQUIRE=ray $(BIN)/python -m pytest $(PYTEST_ARGS) tests/integration/test_ray_serve.py
 
 # Each part runs even when another fails; the table and the exit code are about all of them.
 soak: $(STAMPS)/test  ## Try to break a server of ADAPTER: overload, hot swap, fuzz, soak
@@ -118,6 +121,11 @@ $(STAMPS)/install: pyproject.toml constraints.txt $(STAMPS)/torch
 $(STAMPS)/test: $(STAMPS)/install
 	@echo "Installing the test tools"
 	@$(PIP_INSTALL) --quiet --editable '.[test]'
+	@touch $@
+
+$(STAMPS)/ray: $(STAMPS)/test
+	@echo "Installing Ray"
+	@$(PIP_INSTALL) --quiet --editable '.[ray]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test
