@@ -108,11 +108,9 @@ def create_app(
         tracing=app.state.tracing,
     )
     shapes = (classify, predict, kserve)
-    for routes in (*shapes, feedback, policies, models, health):
+    administration = (adapters, aliases) if administered else ()
+    for routes in (*shapes, feedback, policies, models, *administration, health):
         app.include_router(routes.router)
-    if administered:
-        app.include_router(adapters.router)
-        app.include_router(aliases.router)
     if settings.docs:
         app.include_router(reference.router)
     app.add_exception_handler(ApiError, _on_api_error)
