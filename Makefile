@@ -28,7 +28,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help serve install dev test test-vllm soak lint format types secrets clean
+.PHONY: help serve install dev test test-vllm test-ray soak lint format types secrets clean
 
 help:  ## List the targets and the settings
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ test: $(STAMPS)/test  ## Run the tests
 test-vllm: $(STAMPS)/test $(VLLM_VENV)/.ready  ## Compare with a real vLLM, on the CPU (3.4 GB in .venv-vllm)
 	@$(BIN)/python -m dalorra_core.base_models fetch
 	@$(BIN)/python -m pytest -m vllm $(PYTEST_ARGS) tests/integration
+
+test-ray: $(STAMPS)/ray  ## Run the tests on a Ray cluster of this machine (300 MB more in .venv)
+	@DALORRA_TEST_REQUIRE=ray $(BIN)/python -m pytest $(PYTEST_ARGS) tests/integration/test_ray_serve.py
 
 # Each part runs even when another fails; the table and the exit code are about all of them.
 soak: $(STAMPS)/test  ## Try to break a server of ADAPTER: overload, hot swap, fuzz, soak
@@ -124,6 +127,11 @@ $(STAMPS)/install: pyproject.toml constraints.txt $(STAMPS)/torch
 $(STAMPS)/test: $(STAMPS)/install
 	@echo "Installing the test tools"
 	@$(PIP_INSTALL) --quiet --editable '.[test]'
+	@touch $@
+
+$(STAMPS)/ray: $(STAMPS)/test
+	@echo "Installing Ray"
+	@$(PIP_INSTALL) --quiet --editable '.[ray]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/test

@@ -62,12 +62,16 @@ _DESCRIPTION = (
 )
 
 
-def create_app(factory: EngineFactory, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    factory: EngineFactory, settings: Settings | None = None, *, administered: bool = True
+) -> FastAPI:
     """Return the app; the engine is made and loaded when the app starts, in a thread.
 
     Args:
         factory: Makes the engine; called once, in the loading thread, so it may import torch.
         settings: The environment's, if left out.
+        administered: Whether adapters and aliases can be changed over HTTP. Not where several
+            replicas share one address: a change would reach one of them.
 
     Raises:
         FeedbackSetupError: The secret or the database of feedback cannot be used.
@@ -104,7 +108,8 @@ def create_app(factory: EngineFactory, settings: Settings | None = None) -> Fast
         tracing=app.state.tracing,
     )
     shapes = (classify, predict, kserve)
-    for routes in (*shapes, feedback, policies, models, adapters, aliases, health):
+    administration = (adapters, aliases) if administered else ()
+    for routes in (*shapes, feedback, policies, models, *administration, health):
         app.include_router(routes.router)
     if settings.docs:
         app.include_router(reference.router)

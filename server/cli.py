@@ -20,7 +20,7 @@ from server.run import leave, run_server
 from server.settings import Settings, unknown_environment
 from server.tracing import TracingSetupError
 
-__all__ = ["app", "main", "serve"]
+__all__ = ["app", "main", "make_engine", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     for name in unknown_environment():
         logger.warning("no setting reads this environment variable", extra={"variable": name})
     try:
-        fastapi_app = create_app(lambda: _make_engine(settings), settings)
+        fastapi_app = create_app(lambda: make_engine(settings), settings)
     except (FeedbackSetupError, TracingSetupError) as error:
         typer.echo(f"dalorra serve: {error}", err=True)
         raise typer.Exit(1) from None
@@ -365,7 +365,7 @@ def _wrong(text: str) -> typer.Exit:
     return typer.Exit(USAGE_ERROR)
 
 
-def _make_engine(settings: Settings) -> Engine:
+def make_engine(settings: Settings) -> Engine:
     """Return the engine; runs in the loading thread, because importing torch takes seconds."""
     if settings.engine == "vllm":
         return _make_vllm_engine(settings)

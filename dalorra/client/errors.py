@@ -11,7 +11,8 @@
     │   ├── Conflict        409: such as another label that is stored already
     │   ├── Overloaded      429, 503: retry_after_s says when to come back
     │   └── ServerFailed    500 and the like; request_id is what to report
-    ├── ConnectionFailed    nobody answered: nobody listens, or the connection broke off
+    ├── ConnectionFailed    nobody answered: nobody listens, or the connection broke off; a 500 or
+    │                       502 that no Dalorra server wrote says that of one behind a proxy
     ├── DeadlineExceeded    no answer within timeout_s
     └── UnreadableAnswer    an answer came, and is not one of a Dalorra server
 
@@ -105,7 +106,7 @@ class ServerFailed(ApiError):
 
 
 class ConnectionFailed(DalorraError):
-    """No answer came: nobody listens there, or the connection broke off."""
+    """No answer came: nobody listens there, or the connection broke off, here or behind a proxy."""
 
 
 class DeadlineExceeded(DalorraError):
@@ -132,11 +133,13 @@ _KINDS: Mapping[int, type[ApiError]] = {
     HTTPStatus.TOO_MANY_REQUESTS: Overloaded,
     HTTPStatus.SERVICE_UNAVAILABLE: Overloaded,
 }
+_LOST_BEHIND = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.BAD_GATEWAY)
+"""What proxies say (Ray's the first) when a server ends under a request."""
 
 
 def api_error(
     status: int, headers: Mapping[str, str], body: bytes, retry_after_s: float | None
-) -> ApiError:
+) -> ApiError | ConnectionFailed:
     """Return the error that an answer other than 2xx stands for.
 
     Args:
@@ -152,6 +155,8 @@ def api_error(
     server = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     kind = _KINDS.get(status, ServerFailed if server else InvalidRequest)
     problem = _problem(body)
+    if status in _LOST_BEHIND and "code" not in problem:
+        return ConnectionFailed(f"whoever stands before the server answered {status}")
     request_id = problem.get("request_id") or headers.get("x-request-id")
     errors = problem.get("errors")
     return kind(

@@ -15,7 +15,8 @@ class Retries:
     """How often and how soon a call is tried again.
 
     Only what is safe and may help is repeated: 429, 503, and connections that failed before an
-    answer. Asking twice does no harm: answers change nothing, and a label is stored once.
+    answer, here or between a proxy and its server. Asking twice does no harm: answers change
+    nothing, and a label is stored once.
 
     Attributes:
         max_attempts: Times that a request is sent at most, at least 1.

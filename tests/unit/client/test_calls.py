@@ -177,6 +177,17 @@ def test_a_connection_that_fails_is_tried_again() -> None:
     assert len(case.played.sent) == 3
 
 
+@pytest.mark.parametrize("status", [500, 502])
+@pytest.mark.parametrize("body", [b"", b"The actor died unexpectedly", b"<html>", b"{}"])
+def test_a_server_that_is_lost_behind_a_proxy_is_tried_again(status: int, body: bytes) -> None:
+    lost = reply(status, body, x_request_id="r-1")
+    case = Case()
+    case.ask(lost, lost, reply(200, ANSWER))
+    assert len(case.played.sent) == 3
+    with pytest.raises(ConnectionFailed, match=str(status)):
+        Case(max_attempts=1).ask(lost)
+
+
 def test_attempts_are_bounded_and_the_last_error_is_told() -> None:
     case = Case(max_attempts=3)
     with pytest.raises(Overloaded) as caught:

@@ -80,7 +80,7 @@ def test_the_command_serves_until_it_is_told_to_stop(
         engines[0].load_fault = ValueError("a byte has changed")
         return engines[0]
 
-    monkeypatch.setattr(server.cli, "_make_engine", make_engine)
+    monkeypatch.setattr(server.cli, "make_engine", make_engine)
     monkeypatch.setattr(server.cli, "configure_logging", lambda _level: None)
     result = CliRunner().invoke(server.cli.app, ["serve", str(tmp_path), "--port", "0"])
     assert result.exit_code == 1
