@@ -5,6 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ADAPTER ?= adapters/clinc150
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 4
 SOAK_MINUTES ?= 20
 SOAK_RESULTS ?= benchmarks/results/serving
 
@@ -35,6 +36,7 @@ help:  ## List the targets and the settings
 	@echo
 	@echo "Settings: HOST=$(HOST) PORT=$(PORT) ADAPTER=$(ADAPTER) PYTHON=$(PYTHON)"
 	@echo "          PYTEST_ARGS='-k name' passes arguments on to pytest"
+	@echo "          TEST_PROCESSES=$(TEST_PROCESSES) is the most processes of make test"
 	@echo "          SOAK_MINUTES=$(SOAK_MINUTES) is the length of the longest part of make soak"
 
 serve: $(STAMPS)/install  ## Fetch the base model once and serve ADAPTER on HOST:PORT
@@ -45,8 +47,10 @@ install: $(STAMPS)/install  ## Install Dalorra into .venv
 
 dev: $(STAMPS)/dev  ## Install the test and lint tools too
 
-test: $(STAMPS)/test  ## Run the tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Tests of one file stay together: they share what is slow to make. Tests use one thread each.
+test: $(STAMPS)/test  ## Run the tests, in as many processes as there are cores
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses $(TEST_PROCESSES) \
+	  --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: $(STAMPS)/test $(VLLM_VENV)/.ready  ## Compare with a real vLLM, on the CPU (3.4 GB in .venv-vllm)
 	@$(BIN)/python -m dalorra_core.base_models fetch
