@@ -120,7 +120,13 @@ class Work:
 
 
 def pass_work(
-    shape: Shape, rows: int, length: int, samples: int, *, label_mass: bool = False
+    shape: Shape,
+    rows: int,
+    length: int,
+    samples: int,
+    *,
+    label_mass: bool = False,
+    begun: bool = False,
 ) -> Work:
     """Return the work of M samples of rows of T tokens in one pass.
 
@@ -133,9 +139,11 @@ def pass_work(
         length: T.
         samples: M; 1 for a deterministic pass.
         label_mass: Also the logits of the whole vocabulary.
+        begun: The states below the first adapted layer are known: ``stem_work`` was done.
     """
     shared, folded, last = rows * length, samples * rows * length, samples * rows
-    below, above = shape.first_adapted, shape.layers - 1 - shape.first_adapted
+    below = 0 if begun else shape.first_adapted
+    above = shape.layers - 1 - shape.first_adapted
     # where samples first differ in the last layer, what its inputs alone decide is computed once
     kv_tokens, query_tokens = (folded, last) if above else (shared, rows)
     q_products = shape.width * shape.heads * shape.head_width
@@ -158,9 +166,23 @@ def pass_work(
     return Work(
         products + attention,
         attention,
-        shape.layers * shape.layer_weights + head,
+        (below + above + 1) * shape.layer_weights + head,
         folded if above else shared,
     )
+
+
+def stem_work(shape: Shape, rows: int, length: int) -> Work:
+    """Return the work of the layers below the first adapted one by themselves.
+
+    Args:
+        shape: Of model and adapter.
+        rows: B.
+        length: T.
+    """
+    tokens, layers = rows * length, shape.first_adapted
+    attention = 4 * length * shape.heads * shape.head_width * layers * tokens
+    weights = layers * shape.layer_weights
+    return Work(2 * weights * tokens + attention, attention, weights, tokens)
 
 
 def bound_s(work: Work, flops_per_s: float, bytes_per_s: float, bytes_per_weight: int) -> float:
@@ -255,14 +277,17 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def works_of(shape: Shape, lengths: Sequence[int], samples: int, limit: int) -> list[Work]:
     """Return the work of every pass that rows are cut into.
 
-    Every pass runs the layers below the first adapted one, so they run several times where the
-    samples of one chunk go in several passes.
+    Where the samples of one chunk go in several, the layers below the first adapted one are a pass
+    of their own.
     """
     works: list[Work] = []
     for rows, step in plan_chunks(lengths, samples, limit):
         longest = max(lengths[i] for i in rows)
+        several = step < samples
+        if several and shape.first_adapted:
+            works.append(stem_work(shape, len(rows), longest))
         works += [
-            pass_work(shape, len(rows), longest, min(step, samples - start))
+            pass_work(shape, len(rows), longest, min(step, samples - start), begun=several)
             for start in range(0, samples, step)
         ]
     return works

@@ -377,6 +377,7 @@ def make_engine(settings: Settings) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         pass_memory_mb=settings.pass_memory_mb,
+        pass_tokens=settings.pass_tokens,
         deterministic=settings.deterministic,
         trusted_keys=settings.trusted_keys,
     )

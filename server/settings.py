@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -35,6 +35,12 @@ class Settings(BaseSettings):
         "adapters: larger batches go in several passes. The label mass comes on top, 4 bytes "
         "times the vocabulary for each row and sample. Left to the device if unset: 512 tokens "
         "times samples on a CPU, 65,536 on a GPU.",
+    )
+    pass_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Padded tokens times samples of one forward pass; auto tries 256 to 2,048 at "
+        "start on a CPU and keeps 512 unless another is clearly faster. As for pass_memory_mb if "
+        "unset; the smaller of the two counts.",
     )
     deterministic: bool = Field(
         default=False, description="Run every row alone, so that answers are equal bit for bit."

@@ -5,7 +5,7 @@ adapter's low-rank parts and label head over its own rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
-from dalorra_core.adapters.pack import ModulePack, RowContext, SamplePack, unfold
+from dalorra_core.adapters.inject import TargetSpec
+from dalorra_core.adapters.pack import RowContext, SamplePack, unfold
 from dalorra_core.data.collate import TokenBatch
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.errors import ConfigError
-from dalorra_core.predictive.fork import first_adapted_layer
 from dalorra_core.predictive.label_head import LabelHead
-from dalorra_core.predictive.trunk import Trunk
+from dalorra_core.predictive.trunk import Trunk, first_adapted_layer
 
 __all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together", "positions_up_to"]
 
@@ -99,37 +98,26 @@ class LabelModel(nn.Module):
         # In float64, so that the order of the sum, which padding may change, does not show.
         return ((embedded.double() * weight).sum(1) / weight.sum(1)).float()
 
-    @torch.no_grad()
-    def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
-        """Return where samples may be folded in; None: before the decoder only.
+    def begun(self, batch: TokenBatch) -> TokenBatch:
+        """Return the batch with the states that all samples share, for several forwards of it.
 
-        Tries both ways once, on two rows and two samples with different gates.
+        The very same batch where there are none, or they are known. Holds the trunk's turn.
+
+        Args:
+            batch: B rows on this model's device, padded on the right.
         """
+        if self.fold_layer is None or batch.stem is not None:
+            return batch
+        with self.trunk.turns:
+            return replace(batch, stem=self.trunk.states_at(batch.input_ids, self.fold_layer))
+
+    def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
+        """Return where samples may be folded in; None: before the decoder only."""
         first = first_adapted_layer(self.decoder, specs)
         if first is None:
             return None
-        device = self.head.weight.device
-        modules = {
-            s.name: ModulePack(
-                torch.full((1, 1, s.d_in), 0.01, device=device),
-                torch.full((1, s.d_out, 1), 0.01, device=device),
-                torch.tensor([[0.0], [1.0]], device=device),
-            )
-            for s in specs
-            if s.name != LM_HEAD
-        }
-        pack = SamplePack(2, 1.0, modules)
-        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
         with self.trunk.turns:
-            early = self.trunk.states(ids, (pack,), (2,), None)
-            try:
-                late = self.trunk.states(ids, (pack,), (2,), first)
-            except (RuntimeError, ValueError):  # a mask or a cache with a batch axis of its own
-                return None
-        agree = late.shape == early.shape and bool(
-            torch.allclose(late.float(), early.float(), rtol=1e-2, atol=1e-2)
-        )
-        return first if agree else None
+            return first if self.trunk.begins_at(first) else None
 
 
 @dataclass(frozen=True)

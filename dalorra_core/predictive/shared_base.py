@@ -11,6 +11,7 @@ from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_de
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.predictive.matching import BaseIdentity, tokenizer_sha256
 from dalorra_core.predictive.memory import tokens_within
+from dalorra_core.predictive.pass_size import tried_tokens
 from dalorra_core.predictive.scoring import padded_token_limit
 from dalorra_core.predictive.trunk import Trunk
 
@@ -60,6 +61,7 @@ class SharedBase:
         dtype: str = "auto",
         attention: Literal["sdpa", "eager"] = "sdpa",
         pass_memory_mb: int | None = None,
+        pass_tokens: int | Literal["auto"] | None = None,
     ) -> Self:
         """Load a base model and its tokenizer.
 
@@ -70,6 +72,9 @@ class SharedBase:
             attention: sdpa or eager.
             pass_memory_mb: MiB that the activations of a forward pass may take; None leaves its
                 size to the device.
+            pass_tokens: Padded tokens (M * B * T) of a forward pass, where that is smaller; None
+                leaves it to the device. auto tries several sizes on a CPU, in some 3 seconds:
+                answers then differ from start to start, in what rounding allows.
 
         Raises:
             BaseModelError: If it cannot be read.
@@ -79,7 +84,11 @@ class SharedBase:
         model = load_model(identity.directory, where, pick_dtype(dtype, where), attention)
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
-        most = padded_token_limit(where)
+        trunk, most = Trunk(model), padded_token_limit(where)
+        if isinstance(pass_tokens, int):
+            most = pass_tokens
+        elif pass_tokens is not None and where.type == "cpu":
+            most = tried_tokens(trunk, most)
         if pass_memory_mb is not None:
             most = min(most, tokens_within(model, pass_memory_mb))
-        return cls(identity, Trunk(model), tokenizer, where, real, most)
+        return cls(identity, trunk, tokenizer, where, real, most)

@@ -1,7 +1,7 @@
 """What all adapters of one base model share: its layers, and who uses them now."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.inject import TargetSpec, decoder_of, inject
 from dalorra_core.adapters.pack import SamplePack, fold
-from dalorra_core.predictive.fork import folded_at
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.turns import Turns
 
-__all__ = ["RowStates", "StemSource", "Trunk", "starting_at"]
+__all__ = ["RowStates", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
 
 
 class RowStates(Protocol):
@@ -57,6 +56,7 @@ class Trunk:
         self.binding = Binding()
         self.turns = Turns()
         self.shelf: StemSource | None = None
+        self._begins: dict[int, bool] = {}
 
     def adapt(self, specs: Sequence[TargetSpec]) -> None:
         """Make the modules of one adapter ready to be adapted; waits for the forward under way.
@@ -108,6 +108,53 @@ class Trunk:
         """
         return can_shorten(self.decoder)
 
+    def begins_at(self, layer: int) -> bool:
+        """Return whether a forward can begin at the inputs of a layer.
+
+        Some families do more to embeddings than hand them on. Whether a model is of that kind is
+        not known but tried when it is first asked, which is to be inside ``turns`` and while
+        nothing is bound.
+        """
+        if layer not in self._begins:
+            self._begins[layer] = self._can_begin_at(layer)
+        return self._begins[layer]
+
+    @torch.no_grad()
+    def _can_begin_at(self, layer: int) -> bool:
+        """Try both ways on two rows."""
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=next(self.decoder.parameters()).device)
+        whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        try:
+            states = self.states_at(ids, layer)
+            with starting_at(self.decoder, layer):
+                begun = self.decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return False
+        return begun.shape == whole.shape and torch.allclose(
+            begun.float(), whole.float(), rtol=1e-2, atol=1e-2
+        )
+
+    @torch.no_grad()
+    def states_at(self, input_ids: Tensor, layer: int) -> Tensor:
+        """Return the inputs of a layer, (B, T, d); to be called inside ``turns``.
+
+        What lies above it is not run.
+
+        Args:
+            input_ids: (B, T), padded on the right.
+            layer: Not above the first adapted one.
+        """
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _ReachedError
+
+        layers: Any = self.decoder.layers
+        with layers[layer].register_forward_pre_hook(stop), suppress(_ReachedError):
+            self.decoder(input_ids=input_ids, use_cache=False)
+        return found[0]
+
     def states(
         self,
         input_ids: Tensor,
@@ -126,22 +173,35 @@ class Trunk:
             rows: Rows of each pack, when there are several; they sum to B.
             fold_layer: Layer at whose input the samples are folded in; None: before the decoder.
             stem: (B, T, d) states at the input of that layer, where they are known: the layers
-                below are not run.
+                below are not run. Else those are run first, on B rows.
             folded_inside: That layer does the folding itself.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
         m = 1 if folded_inside else packs[0].num_samples
+        if stem is None and fold_layer is not None and m > 1:
+            stem = self.states_at(input_ids, fold_layer)
         lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
         if stem is not None and fold_layer is not None:
             with lent, starting_at(self.decoder, fold_layer):
                 begun = self.decoder(inputs_embeds=fold(stem, m), use_cache=False)
                 return begun.last_hidden_state
-        ids = input_ids if fold_layer is not None else fold(input_ids, m)
-        with lent, folded_at(self.decoder, fold_layer, m):
-            states: Tensor = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        with lent:
+            whole = self.decoder(input_ids=fold(input_ids, m), use_cache=False)
+            states: Tensor = whole.last_hidden_state
             return states
+
+
+def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:
+    """Return the layer at whose input samples begin to differ; None where that gains nothing."""
+    first = min((s.layer for s in specs if s.layer is not None), default=0)
+    layers: Any = getattr(decoder, "layers", None)
+    return first if first > 0 and isinstance(layers, nn.ModuleList) else None
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest is not wanted."""
 
 
 class _Skipped(nn.Module):

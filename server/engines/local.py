@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from transformers.utils import logging as transformers_logging
 
@@ -53,6 +54,7 @@ class LocalEngine:
         device: str = "auto",
         dtype: str = "auto",
         pass_memory_mb: int | None = None,
+        pass_tokens: int | Literal["auto"] | None = None,
         deterministic: bool = False,
         trusted_keys: Path | None = None,
     ) -> None:
@@ -65,12 +67,14 @@ class LocalEngine:
             dtype: Of the base model: auto, float32 or bfloat16.
             pass_memory_mb: MiB that the activations of a forward pass may take; None leaves its
                 size to the device.
+            pass_tokens: Padded tokens (M * B * T) of one; auto tries several sizes on a CPU.
             deterministic: Answer each row alone, so equal questions give bitwise equal answers.
             trusted_keys: Serve only what one of these keys signed; None asks for no signature.
         """
         self._adapters = tuple(adapters)
         self._base_name = base
         self._device, self._dtype, self._pass_memory_mb = device, dtype, pass_memory_mb
+        self._pass_tokens = pass_tokens
         self._deterministic = deterministic
         self._trusted_keys = trusted_keys
         self._is_open = False
@@ -265,4 +269,5 @@ class LocalEngine:
             device=self._device,
             dtype=self._dtype,
             pass_memory_mb=self._pass_memory_mb,
+            pass_tokens=self._pass_tokens,
         )
