@@ -203,6 +203,12 @@ class RunConfig(Settings, frozen=True):
         ge=1,
         description="Validation rows of those evaluations, evenly spaced; null: all.",
     )
+    recompute: bool = Field(
+        default=False,
+        description="Activation checkpointing: keep the inputs of the adapted layers only and run "
+        "these again for the gradients. The same result with less memory and more work; may "
+        "change when a run resumes.",
+    )
     tensorboard: bool = Field(
         default=False, description="Write TensorBoard logs beside the checkpoints."
     )

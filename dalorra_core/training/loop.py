@@ -162,10 +162,12 @@ def _identity(config: TrainConfig, data: TrainingData, base: str) -> dict[str, A
     """Return what a resumed run must have in common with the first, which may lie elsewhere now.
 
     That is its settings, training rows and base model. Names and places do not count where contents
-    do: the adapter's name, where the base lies, and the directory of a task's data set.
+    do: the adapter's name, where the base lies, and the directory of a task's data set. Nor does
+    what changes no number: whether layers are run again for gradients.
     """
     places = {"root"} if task_of(config.data) is not None else set[str]()
-    settings = config.model_dump(mode="json", exclude={"name": True, "data": places})
+    excluded = {"name": True, "data": places, "run": {"recompute"}}
+    settings = config.model_dump(mode="json", exclude=excluded)
     return {**settings, "base": base, "train_rows": rows_digest(data.train)}
 
 

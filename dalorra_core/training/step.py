@@ -57,6 +57,7 @@ class TrainStep(nn.Module):
         optim: OptimConfig,
         num_examples: int,
         seed: int,
+        recompute: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -65,6 +66,7 @@ class TrainStep(nn.Module):
         self.method_config = method_config
         self._specs, self._adapter = specs, adapter
         self._optim, self._num_examples, self._seed = optim, num_examples, seed
+        self._recompute = recompute
         initial = self.method.init(specs, adapter.r, seed, method_config)
         if missing := sorted((start or {}).keys() - initial.keys()):
             raise ConfigError(
@@ -102,7 +104,8 @@ class TrainStep(nn.Module):
         state, config = self.state, self.method_config
         draw = Draw(self._key(step), self.method.num_train_samples(config), part, first_row)
         pack = self.label_model.settled(self.method.train_pack(state, config, draw), batch)
-        logits = self.label_model(batch, pack).logits  # (S, B, C)
+        with self.label_model.trunk.recomputing(enabled=self._recompute):
+            logits = self.label_model(batch, pack).logits  # (S, B, C)
         data_loss = self.method.data_loss(logits, batch.labels, batch.allowed, config)
         nll = mean_nll(logits.detach(), batch.labels, batch.allowed)
         # Those that have a step of their own are computed again for it; these are for the log.
