@@ -1,6 +1,7 @@
 """Real processes that train one adapter together, on the CPU, against one process that does not."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from dalorra_core.training.settings import TrainConfig
 from tests.support.tiny_tasks import TinyTask, tiny_config
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 300
+LIMIT_S = 900
 
 METHODS: dict[str, dict[str, Any]] = {
     "dalorra": {"name": "dalorra", "mask_lr": 3e-2, "num_train_samples": 2},
@@ -68,6 +69,7 @@ def launched(command: Sequence[str], **environment: str) -> subprocess.Popen[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # so that a launcher's own processes can be ended with it
     )
 
 
@@ -102,7 +104,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"still running after {LIMIT_S} s:\n{output}")
     return process.returncode, output

@@ -29,7 +29,7 @@ from dalorra_core.training.step import TrainStep
 def main(rank: int, jobs: list[dict[str, Any]]) -> None:
     """Do the jobs as process ``rank``."""
     torch.set_num_threads(1)
-    Accelerator.end_training = lambda _: None  # it would take the processes apart between jobs
+    setattr(Accelerator, "end_training", _stay)  # noqa: B010  it would part the processes
     for job in jobs:
         folder = Path(job["run"])
         _keep_parameters(folder / f"params-{rank}.safetensors")
@@ -48,6 +48,10 @@ def main(rank: int, jobs: list[dict[str, Any]]) -> None:
         except DalorraError as error:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def _stay(_: Accelerator) -> None:
+    """End nothing: the next job needs the processes together."""
 
 
 def _keep_parameters(file: Path) -> None:

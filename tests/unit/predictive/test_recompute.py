@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -107,9 +108,10 @@ def test_it_goes_with_samples_that_begin_to_differ_at_a_layer(stem: bool, last: 
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    layers = list(tiny().model.decoder.layers)
+    decoder: Any = tiny().model.decoder
+    layers = list(decoder.layers)
     config = DalorraConfig()
     step = step_on(tiny(), config, dict(tiny().state.params), recompute=True)
     step(batch_of(random_rows(LENGTHS)), 3)
-    assert list(tiny().model.decoder.layers) == layers
+    assert list(decoder.layers) == layers
     assert not tiny().model.trunk.recomputes
