@@ -155,7 +155,9 @@ class OptimConfig(Settings, frozen=True):
     )
     eps: float = Field(default=1e-6, gt=0, description="AdamW epsilon.")
     steps: int = Field(default=5000, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(default=4, ge=1, description="Examples per forward pass and process.")
+    batch_size: int = Field(
+        default=4, ge=1, description="Examples per forward pass, of all processes together."
+    )
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Forward passes per optimiser step."
     )
@@ -200,6 +202,12 @@ class RunConfig(Settings, frozen=True):
         default=1000,
         ge=1,
         description="Validation rows of those evaluations, evenly spaced; null: all.",
+    )
+    recompute: bool = Field(
+        default=False,
+        description="Activation checkpointing: keep the inputs of the adapted layers only and run "
+        "these again for the gradients. The same result with less memory and more work; may "
+        "change when a run resumes.",
     )
     tensorboard: bool = Field(
         default=False, description="Write TensorBoard logs beside the checkpoints."

@@ -4,8 +4,8 @@ The layers of one model share one Binding. Nothing is bound outside a ``with`` b
 forward without a pack is the base model's, and a pack can never leak into the next forward.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from dalorra_core.adapters.pack import ModulePack, SamplePack
@@ -49,9 +49,22 @@ class Binding:
             RuntimeError: Packs are lent already: two forwards would share them.
             ConfigError: The packs differ in M, or the counts do not fit them.
         """
+        with self._lending(_shares(packs, rows)):
+            yield
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what lends the packs of the forward under way once more, when that has ended.
+
+        For layers that are run again in the backward pass.
+        """
+        lent = self._lent
+        return lambda: self._lending(lent)
+
+    @contextmanager
+    def _lending(self, lent: tuple[tuple[SamplePack, slice | None], ...]) -> Iterator[None]:
         if self._lent:
             raise RuntimeError("a sample pack is already bound to this model")
-        self._lent = _shares(packs, rows)
+        self._lent = lent
         try:
             yield
         finally:

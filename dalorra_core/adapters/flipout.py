@@ -32,12 +32,14 @@ class FlippedNoise:
         key: Name of the streams of signs, with the module in it.
         first: Number of the first sample here.
         by_row: Draw signs for each row too.
+        first_row: Then the place of the first row here.
     """
 
     noise: Tensor
     key: tuple[str | int, ...]
     first: int = 0
     by_row: bool = False
+    first_row: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the noise of the rank features (M, B, ..., r), in the dtype of ``x``."""
@@ -57,7 +59,8 @@ class FlippedNoise:
         places = x.shape[1:-1] if self.by_row else (1, *x.shape[2:-1])
         width = -(-(r + d_in) // 64)  # words for one token
         seeds = [stream_seed((*self.key, self.first + m)) for m in range(len(x))]
-        words = random_words(seeds, math.prod(places) * width, x.device)  # 64 coins each
+        before = self.first_row * math.prod(places[1:]) * width
+        words = random_words(seeds, math.prod(places) * width, x.device, before)  # 64 coins each
         octets = words.view(torch.uint8).view(len(x), *places, 8 * width, 1)
         shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
         bits = (octets >> shifts).bitwise_and(1).flatten(-2)  # (..., 64 width)

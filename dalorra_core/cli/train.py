@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dalorra_core.cli.console import errors_as_exit, note
+from dalorra_core.training.processes import is_first_process
 from dalorra_core.training.run import run_training
 from dalorra_core.training.settings import load_config
 
@@ -98,4 +99,5 @@ def train_command(  # noqa: PLR0913, PLR0917  options of a command line
             from_adapter=from_adapter,
             report=note,
         )
-        note(f"wrote {target}; try: dalorra inspect {target}")
+        if is_first_process():
+            note(f"wrote {target}; try: dalorra inspect {target}")

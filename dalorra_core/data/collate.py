@@ -46,6 +46,16 @@ class TokenBatch:
     labels: Int64[Tensor, " B"]
     stem: Float[Tensor, "B T d"] | None = None
 
+    def rows(self, which: slice) -> "TokenBatch":
+        """Return some rows, still padded to the longest of all."""
+        return TokenBatch(
+            input_ids=self.input_ids[which],
+            last_index=self.last_index[which],
+            allowed=None if self.allowed is None else self.allowed[which],
+            labels=self.labels[which],
+            stem=None if self.stem is None else self.stem[which],
+        )
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Return the batch on a device."""
         return TokenBatch(

@@ -230,7 +230,7 @@ def _numbers_at_once(state: AdapterState, config: CLoraConfig) -> int:
 def _train_pack(state: AdapterState, config: CLoraConfig, draw: Draw) -> SamplePack:
     width, samples = _numbers_at_once(state, config), range(draw.num_samples)
     normals = {
-        spec.name: RowNormals((*draw.row_key, "eps", spec.name), samples, width)
+        spec.name: RowNormals((*draw.row_key, "eps", spec.name), samples, width, draw.first_row)
         for spec in state.specs
     }
     return replace(_pack(state, config, normals, draw.num_samples), per_row=TellTokens())

@@ -48,11 +48,13 @@ class _Dropout:
         seeds: Stream of each sample.
         drop_prob: p.
         own_from: Axes of the activations from this one on have dropout of their own.
+        first_row: Place of the first row, where rows have dropout of their own.
     """
 
     seeds: tuple[int, ...]
     drop_prob: float
     own_from: int
+    first_row: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the thinned activations (M, B, ..., d_in).
@@ -60,7 +62,8 @@ class _Dropout:
         A module without a token axis (``lm_head``) has one position.
         """
         own = x.shape[self.own_from :]
-        dropped = coins(self.seeds, math.prod(own), self.drop_prob, x.device)
+        before = self.first_row * math.prod(own[1:])
+        dropped = coins(self.seeds, math.prod(own), self.drop_prob, x.device, before)
         shared = [1] * (x.dim() - 1 - len(own))
         return x.masked_fill(dropped.view(-1, *shared, *own), 0.0) / (1 - self.drop_prob)
 
@@ -92,6 +95,7 @@ def _pack(state: AdapterState, config: McDropoutConfig, draw: Draw, own_from: in
             tuple(stream_seed(key) for key in keys),
             config.drop_prob,
             _OWN_FEATURES if tied else own_from,
+            draw.first_row if by_row else 0,
         )
 
     plain = module_packs(state, z=None)

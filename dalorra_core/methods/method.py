@@ -34,14 +34,17 @@ class Draw:
     Attributes:
         key: Stream name, such as (adapter sha256, seed).
         num_samples: M.
-        part: In training, which micro-batch of which process; the samples are the same for all of
-            them, noise that each row has for itself is not.
+        part: In training, which micro-batch; the samples are the same for all of them, noise that
+            each row has for itself is not.
+        first_row: In training, the place in the micro-batch of the first row here: processes that
+            share the rows of a micro-batch share its noise in the same way.
         design: How the samples are drawn together; training leaves it at iid.
     """
 
     key: tuple[str | int, ...]
     num_samples: int
     part: int = 0
+    first_row: int = 0
     design: Design = "iid"
 
     @property
@@ -95,7 +98,7 @@ class TrainingPoint:
         step: Optimiser steps already taken.
         num_steps: Optimiser steps of the whole run.
         num_examples: N, training rows.
-        batch_size: Rows of one optimiser step, of all processes.
+        batch_size: Rows of one optimiser step, of all processes together.
         key: Name of the step's training draw, for divergences that are estimated from samples.
     """
 

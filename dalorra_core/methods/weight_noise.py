@@ -73,7 +73,9 @@ def noisy_packs(
         noise = (spread * eps.to(spread.device)).to(module.lora_A.device)  # (M, r, d_in)
         if kind == "flipout":
             signs = (*(draw.row_key if training else draw.key), "signs", spec.name)
-            packs[spec.name] = replace(module, beside=FlippedNoise(noise, signs, by_row=training))
+            first_row = draw.first_row if training else 0
+            flipped = FlippedNoise(noise, signs, by_row=training, first_row=first_row)
+            packs[spec.name] = replace(module, beside=flipped)
         else:
             packs[spec.name] = replace(module, lora_A=module.lora_A + noise)
     return packs

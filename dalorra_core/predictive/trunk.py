@@ -1,7 +1,7 @@
 """What all adapters of one base model share: its layers, and who uses them now."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.inject import TargetSpec, decoder_of, inject
 from dalorra_core.adapters.pack import SamplePack, fold
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
+from dalorra_core.predictive.recompute import recomputed_from
 from dalorra_core.predictive.turns import Turns
 
 __all__ = ["RowStates", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
@@ -46,6 +47,7 @@ class Trunk:
         binding: Through which packs are lent to the adapted layers.
         turns: Held for one forward pass at a time, by whichever thread runs it.
         shelf: Keeps rows' states below the first adapted layer, where somebody has set one up.
+        recomputes: Whether layers are run again in the backward pass, see ``recomputing``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,6 +59,7 @@ class Trunk:
         self.turns = Turns()
         self.shelf: StemSource | None = None
         self._begins: dict[int, bool] = {}
+        self.recomputes = False
 
     def adapt(self, specs: Sequence[TargetSpec]) -> None:
         """Make the modules of one adapter ready to be adapted; waits for the forward under way.
@@ -99,6 +102,19 @@ class Trunk:
                 )[:, 0]
         states = self.states(input_ids, packs, rows, fold_layer, stem)  # (M*B, T, d)
         return states[torch.arange(len(last), device=last.device), last]
+
+    @contextmanager
+    def recomputing(self, *, enabled: bool) -> Iterator[None]:
+        """Keep the adapted layers' inputs only, inside the block, and run them again for gradients.
+
+        Args:
+            enabled: False changes nothing.
+        """
+        before, self.recomputes = self.recomputes, enabled
+        try:
+            yield
+        finally:
+            self.recomputes = before
 
     @cached_property
     def shortens(self) -> bool:
@@ -183,14 +199,21 @@ class Trunk:
         if stem is None and fold_layer is not None and m > 1:
             stem = self.states_at(input_ids, fold_layer)
         lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
+        kept = self._kept(fold_layer or 0)
         if stem is not None and fold_layer is not None:
-            with lent, starting_at(self.decoder, fold_layer):
+            with lent, starting_at(self.decoder, fold_layer), kept:
                 begun = self.decoder(inputs_embeds=fold(stem, m), use_cache=False)
                 return begun.last_hidden_state
-        with lent:
+        with lent, kept:
             whole = self.decoder(input_ids=fold(input_ids, m), use_cache=False)
             states: Tensor = whole.last_hidden_state
             return states
+
+    def _kept(self, first: int) -> AbstractContextManager[None]:
+        """Return what decides which activations are kept for the backward pass."""
+        if not self.recomputes:
+            return nullcontext()
+        return recomputed_from(self.decoder, first, self.binding)
 
 
 def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:

@@ -14,6 +14,8 @@ from scipy.special import ndtri
 __all__ = ["LARGEST", "normals", "permutation", "stream_seed", "uniforms"]
 
 _MANTISSA_BITS = 53
+_WORDS_AT_ONCE = 4
+"""Words that Philox makes of one value of its counter."""
 
 LARGEST = 1.0 - 0.5**_MANTISSA_BITS
 """The largest number below 1, and so of all uniforms."""
@@ -24,7 +26,7 @@ def _bit_generator(key: tuple[str | int, ...]) -> np.random.Philox:
     return np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 
 
-def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
+def uniforms(key: tuple[str | int, ...], size: int, start: int = 0) -> NDArray[np.float64]:
     """Return ``size`` independent uniform numbers from the open interval (0, 1).
 
     Built from the raw 64-bit words of Philox, whose sequence NumPy promises never to change:
@@ -34,24 +36,29 @@ def uniforms(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
     Args:
         key: Name of the stream; different tuples are independent streams.
         size: How many numbers; a longer draw begins with the shorter one.
+        start: Numbers of the stream before the first one.
 
     Example:
         >>> bool((uniforms(("a", 1), 3) == uniforms(("a", 1), 5)[:3]).all())
         True
     """
-    words = np.atleast_1d(_bit_generator(key).random_raw(size))
+    generator = _bit_generator(key)
+    skipped = generator.advance(start // _WORDS_AT_ONCE)
+    words = np.atleast_1d(skipped.random_raw(start % _WORDS_AT_ONCE + size))
+    words = words[start % _WORDS_AT_ONCE :]
     counts = (words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64)
     return np.minimum((counts + 0.5) / 2**_MANTISSA_BITS, LARGEST)
 
 
-def normals(key: tuple[str | int, ...], size: int) -> NDArray[np.float64]:
+def normals(key: tuple[str | int, ...], size: int, start: int = 0) -> NDArray[np.float64]:
     """Return ``size`` independent standard normal numbers: the quantiles of ``uniforms``.
 
     Args:
         key: Name of the stream; shares its numbers with ``uniforms`` of the same name.
         size: How many numbers; a longer draw begins with the shorter one.
+        start: Numbers of the stream before the first one.
     """
-    drawn: NDArray[np.float64] = ndtri(uniforms(key, size))
+    drawn: NDArray[np.float64] = ndtri(uniforms(key, size, start))
     return drawn
 
 

@@ -128,16 +128,19 @@ class RowNormals:
         key: Name of the streams; sample m has the stream (*key, m), row after row.
         samples: The numbers m of the samples.
         width: k.
+        first_row: Place of the first row here among those that share the streams.
     """
 
     key: tuple[str | int, ...]
     samples: range
     width: int
+    first_row: int = 0
 
     def of(self, num_rows: int, length: int, device: torch.device) -> Tensor:
         """Return (M, B, T, k)."""
-        size = num_rows * length * self.width
-        rows = np.stack([normals((*self.key, m), size) for m in self.samples])
+        of_row = length * self.width
+        start, size = self.first_row * of_row, num_rows * of_row
+        rows = np.stack([normals((*self.key, m), size, start) for m in self.samples])
         drawn = torch.from_numpy(rows.astype(np.float32)).to(device)
         return drawn.view(len(self.samples), num_rows, length, self.width)
 

@@ -32,6 +32,7 @@ from dalorra_core.training.checkpoint import (
 )
 from dalorra_core.training.evaluation import evaluate, json_number
 from dalorra_core.training.prepare import TrainingData, rows_digest
+from dalorra_core.training.processes import Processes
 from dalorra_core.training.progress import Progress
 from dalorra_core.training.settings import TrainConfig
 from dalorra_core.training.step import StepLoss, TrainStep
@@ -65,14 +66,13 @@ def micro_batches(
     batch_size: int,
     seed: int,
     start: int,
-    stride: int = 1,
     shuffle: bool = True,
 ) -> Iterator[list[int]]:
-    """Yield the row indices of batch ``start``, ``start + stride`` ... for ever.
+    """Yield the row indices of batch ``start`` and those that follow, for ever.
 
     Batch k of the endless sequence of epochs is the same whoever asks for it, so a resumed run
-    and every process of a distributed run find their place by arithmetic. Without ``shuffle`` every
-    epoch is the rows in their order, the last incomplete batch left out.
+    finds its place by arithmetic. Without ``shuffle`` every epoch is the rows in their order, the
+    last incomplete batch left out.
     """
     per_epoch = _batches_per_epoch(len(lengths), batch_size, shuffle=shuffle)
     in_order = [list(range(k * batch_size, (k + 1) * batch_size)) for k in range(per_epoch)]
@@ -82,7 +82,7 @@ def micro_batches(
             epoch = k // per_epoch
             batches = length_buckets(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
         yield batches[k % per_epoch]
-        k += stride
+        k += 1
 
 
 def _batches_per_epoch(num_rows: int, batch_size: int, *, shuffle: bool) -> int:
@@ -94,7 +94,7 @@ def _batches_per_epoch(num_rows: int, batch_size: int, *, shuffle: bool) -> int:
     return -(-num_rows // batch_size) if shuffle else num_rows // batch_size
 
 
-def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool, num_processes: int = 1) -> int:
+def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool) -> int:
     """Return the step after which training ends.
 
     Args:
@@ -102,7 +102,6 @@ def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool, num_processes
             in; the learning rate is 0 there, so only what does not follow it can move.
         num_rows: Training rows.
         shuffle: Whether an epoch has its last incomplete batch.
-        num_processes: Processes that share the batches.
 
     Source:
         methods.md 1.7: published runs have ceil(steps / floor(N / b)) epochs.
@@ -114,7 +113,7 @@ def last_step(optim: OptimConfig, num_rows: int, *, shuffle: bool, num_processes
     if not optim.run_to_epoch_end:
         return optim.steps
     per_epoch = _batches_per_epoch(num_rows, optim.batch_size, shuffle=shuffle)
-    per_step = optim.gradient_accumulation * num_processes
+    per_step = optim.gradient_accumulation
     epochs = -(-optim.steps * per_step // per_epoch)
     return -(-epochs * per_epoch // per_step)
 
@@ -141,14 +140,16 @@ def train(  # noqa: PLR0913  one call says all of a run
         resume: Continue from the newest checkpoint when there is one.
 
     Raises:
-        ConfigError: If ``run_dir`` holds checkpoints and ``resume`` is False, or they belong to
-            another configuration.
-        DalorraError: If the loss stops being finite.
+        ConfigError: If ``run_dir`` holds checkpoints and ``resume`` is False, they belong to
+            another configuration, or other processes do not have the same run before them.
+        DalorraError: If the loss stops being finite, or another process is gone.
     """
-    updater = Updater(module, config.optim, accelerator)
+    processes = Processes.of(accelerator)
+    updater = Updater(module, config.optim, accelerator, processes)
     identity = _identity(config, data, base)
     done = _restore(module, updater.adamw, identity, run_dir, resume=resume)
-    run = _Run(module, updater, data, config, run_dir, accelerator, done, identity)
+    processes.check_alike(identity, done, module.params)
+    run = _Run(module, updater, data, config, run_dir, accelerator, processes, done, identity)
     started = time.monotonic()
     with Progress(run.last, done, enabled=accelerator.is_main_process) as progress:
         run.steps(progress)
@@ -161,10 +162,12 @@ def _identity(config: TrainConfig, data: TrainingData, base: str) -> dict[str, A
     """Return what a resumed run must have in common with the first, which may lie elsewhere now.
 
     That is its settings, training rows and base model. Names and places do not count where contents
-    do: the adapter's name, where the base lies, and the directory of a task's data set.
+    do: the adapter's name, where the base lies, and the directory of a task's data set. Nor does
+    what changes no number: whether layers are run again for gradients.
     """
     places = {"root"} if task_of(config.data) is not None else set[str]()
-    settings = config.model_dump(mode="json", exclude={"name": True, "data": places})
+    excluded = {"name": True, "data": places, "run": {"recompute"}}
+    settings = config.model_dump(mode="json", exclude=excluded)
     return {**settings, "base": base, "train_rows": rows_digest(data.train)}
 
 
@@ -189,6 +192,22 @@ def _restore(
     return checkpoint.step
 
 
+@dataclass(frozen=True)
+class _Logged:
+    """The loss of one process's rows and their part of the micro-batch."""
+
+    out: StepLoss
+    weight: float
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What the log says; those of all processes sum to the values of the micro-batch."""
+        out = self.out
+        values = {"loss": float(out.loss.detach()), "nll": float(out.nll)}
+        values |= {name: float(t.value.detach()) for name, t in out.kl_terms.items()}
+        return {name: self.weight * value for name, value in values.items()}
+
+
 class _Run:
     """One process's loop; holds what every step needs."""
 
@@ -200,74 +219,70 @@ class _Run:
         config: TrainConfig,
         run_dir: Path,
         accelerator: Accelerator,
+        processes: Processes,
         done: int,
         identity: dict[str, Any],
     ) -> None:
-        self.module, self.updater = module, updater
-        self.wrapped = updater.prepare(done)
+        self.module, self.updater, self.processes = module, updater, processes
+        updater.prepare(done)
         self.data, self.config, self.run_dir = data, config, run_dir
         self.accelerator, self.done, self.identity = accelerator, done, identity
         self.num_labels = len(data.label_set.labels)
         self.stems: RowStates | None = None
         self.shuffle = not config.data.no_shuffle
-        self.last = last_step(
-            config.optim,
-            len(data.train),
-            shuffle=self.shuffle,
-            num_processes=accelerator.num_processes,
-        )
+        self.last = last_step(config.optim, len(data.train), shuffle=self.shuffle)
 
     def steps(self, progress: Progress) -> None:
-        done = self.done
-        optim, world = self.config.optim, self.accelerator.num_processes
-        rank = self.accelerator.process_index
+        done, optim = self.done, self.config.optim
         batches = micro_batches(
             [len(row.token_ids) for row in self.data.train],
             batch_size=optim.batch_size,
             seed=self.config.run.seed,
-            start=done * optim.gradient_accumulation * world + rank,
-            stride=world,
+            start=done * optim.gradient_accumulation,
             shuffle=self.shuffle,
         )
         visits = (self.last - done) * optim.gradient_accumulation * optim.batch_size
-        if visits > len(self.data.train):  # fewer would not pay for the pass that finds them
+        if (
+            visits > len(self.data.train) * self.processes.count
+        ):  # fewer would not pay for the pass that finds them
             model, rows = self.module.label_model, self.data.train
             self.stems = kept_stem_states(model, rows) or stem_states(model, rows)
         for step in range(done, self.last):
-            tokens, loss = 0, None
+            tokens, logged = 0, None
             for number in range(optim.gradient_accumulation):
                 batch = self._batch(next(batches))
-                tokens += batch.num_tokens * world
-                loss = self._micro_step(batch, step, number * world + rank)
+                tokens += batch.num_tokens
+                logged = self._micro_step(batch, step, number)
             progress.advance(tokens)
-            self._after_step(step + 1, cast("StepLoss", loss), progress)
+            self._after_step(step + 1, cast("_Logged", logged), progress)
 
     def _batch(self, indices: list[int]) -> TokenBatch:
         rows = [self.data.train[i] for i in indices]
         batch = collate(rows, num_labels=self.num_labels)
         if self.stems is not None:
             batch = replace(batch, stem=self.stems.of(indices))
-        return batch.to(self.accelerator.device)
+        return batch
 
-    def _micro_step(self, batch: TokenBatch, step: int, part: int) -> StepLoss:
-        with self.accelerator.accumulate(self.wrapped):
+    def _micro_step(self, batch: TokenBatch, step: int, part: int) -> "_Logged":
+        share = self.processes.share(len(batch.labels))
+        own = batch.rows(share.rows).to(self.accelerator.device)
+        with self.accelerator.accumulate(self.module):
             with self.accelerator.autocast():
-                out: StepLoss = self.wrapped(batch, step, part)
-            self.updater.apply(out, step)
-        return out
+                out: StepLoss = self.module(own, step, part, share.rows.start)
+            self.updater.apply(out, step, share.weight)
+        return _Logged(out, share.weight)
 
-    def _after_step(self, step: int, loss: StepLoss, progress: Progress) -> None:
+    def _after_step(self, step: int, logged: "_Logged", progress: Progress) -> None:
         run, last = self.config.run, step == self.last
         if step % _LOG_EVERY == 0 or last:
-            self._log(step, loss, progress)
-        if (step % run.checkpoint_every == 0 or last) and self.accelerator.is_main_process:
+            self._log(step, logged, progress)
+        if step % run.checkpoint_every == 0 or last:
             self._checkpoint(step)
         if (step % run.eval_every == 0 or last) and self.data.validation:
             self._evaluate(step, progress)
 
-    def _log(self, step: int, loss: StepLoss, progress: Progress) -> None:
-        values = {"loss": float(loss.loss.detach()), "nll": float(loss.nll)}
-        values |= {name: float(t.value.detach()) for name, t in loss.kl_terms.items()}
+    def _log(self, step: int, logged: "_Logged", progress: Progress) -> None:
+        values = self.processes.total(logged.values, self.accelerator.device)
         if not all(torch.isfinite(torch.tensor(list(values.values())))):
             raise DalorraError(
                 f"step {step}: the loss is not finite ({values}). Lower optim.lr or "
@@ -322,6 +337,8 @@ class _Run:
                 f"step {step}: a parameter is not finite. Lower optim.lr or method.mask_lr; the "
                 "last checkpoint is intact"
             )
+        if not self.accelerator.is_main_process:
+            return
         save_checkpoint(
             self.run_dir / "checkpoints",
             Checkpoint(

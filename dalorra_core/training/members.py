@@ -88,7 +88,7 @@ def train_members(  # noqa: PLR0913
             optim=config.optim,
             num_examples=len(data.train),
             seed=seed,
-            num_processes=accelerator.num_processes,
+            recompute=config.run.recompute,
             start=start,
         ).to(label_model.head.weight.device)
         label = f", member {member + 1} of {members}" if members > 1 else ""

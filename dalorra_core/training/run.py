@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from pydantic import JsonValue
 
 from dalorra_core.adapters.inject import TargetSpec, find_targets
@@ -23,6 +24,7 @@ from dalorra_core.training.finishing import finished, manifest_of
 from dalorra_core.training.members import fit_after_training, train_members
 from dalorra_core.training.peft_factors import starting_factors
 from dalorra_core.training.prepare import TrainingData, prepare_training_data
+from dalorra_core.training.processes import PATIENCE, Processes
 from dalorra_core.training.settings import TrainConfig
 
 __all__ = ["run_training"]
@@ -64,6 +66,8 @@ def run_training(  # noqa: PLR0913  options by name
         raise ConfigError(f"output {output} already exists; pass --overwrite to replace it")
     if from_adapter is not None:
         check_is_fitted(config)
+    accelerator = _accelerator(config, run_dir)  # it also says which GPU is this process's
+    report = report if accelerator.is_main_process else _silent
     identity = identify(config.base) if base is None else base.identity
     tokenizer = load_tokenizer(identity.directory) if base is None else base.tokenizer
     data = prepare_training_data(config.data, tokenizer)  # before the slow part
@@ -79,7 +83,8 @@ def run_training(  # noqa: PLR0913  options by name
     if config.adapter.start is not None:
         origin = {"start": {"sha256": peft_sha256(Path(config.adapter.start))}}
     run_dir.mkdir(parents=True, exist_ok=True)
-    accelerator = _accelerator(config, run_dir)
+    if config.run.tensorboard:
+        accelerator.init_trackers("tensorboard")
     kept_stem_states(label_model, data.train)  # where they are shared, they are no part of a run
     if from_adapter is None:
         result = train_members(
@@ -118,14 +123,25 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
         cpu=device.type == "cpu",
         # On a CPU the frozen weights are loaded in bfloat16 and need no autocast.
         mixed_precision="bf16" if bf16 and device.type == "cuda" else "no",
-        gradient_accumulation_steps=config.optim.gradient_accumulation,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            config.optim.gradient_accumulation  # as a number, a launcher's environment would win
+        ),
         log_with="tensorboard" if config.run.tensorboard else None,
         project_dir=str(run_dir) if config.run.tensorboard else None,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if config.run.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    count = Processes.of(accelerator).count
+    if config.optim.batch_size < count:
+        raise ConfigError(
+            f"optim.batch_size must be at least the {count} processes that share its rows, got "
+            f"{config.optim.batch_size}"
+        )
     return accelerator
+
+
+def _silent(_: str) -> None:
+    """Take what other processes than the first would report."""
 
 
 def _build(

@@ -45,7 +45,7 @@ class StepLoss:
 
 
 class TrainStep(nn.Module):
-    """The trainable parameters around a frozen label model, as accelerate wants them: a module."""
+    """The trainable parameters around a frozen label model: a module."""
 
     def __init__(  # noqa: PLR0913  all by name
         self,
@@ -57,7 +57,7 @@ class TrainStep(nn.Module):
         optim: OptimConfig,
         num_examples: int,
         seed: int,
-        num_processes: int = 1,
+        recompute: bool = False,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class TrainStep(nn.Module):
         self.method_config = method_config
         self._specs, self._adapter = specs, adapter
         self._optim, self._num_examples, self._seed = optim, num_examples, seed
-        self._num_processes = num_processes
+        self._recompute = recompute
         initial = self.method.init(specs, adapter.r, seed, method_config)
         if missing := sorted((start or {}).keys() - initial.keys()):
             raise ConfigError(
@@ -88,17 +88,24 @@ class TrainStep(nn.Module):
         """The adapter as the method's functions see it."""
         return AdapterState(self._specs, self._adapter.r, self._adapter.scaling, self.params)
 
-    def forward(self, batch: TokenBatch, step: int, part: int = 0) -> StepLoss:
+    def forward(self, batch: TokenBatch, step: int, part: int = 0, first_row: int = 0) -> StepLoss:
         """Return the loss of ``batch`` under the samples of optimiser step ``step``.
 
         The samples are named by (run seed, step) alone: micro-batches of one step and the processes
-        of a distributed run share them, and a resumed run draws what the first would have drawn.
-        ``part`` tells those apart for noise that each row has for itself.
+        that share one have the same, and a resumed run draws what the first would have drawn.
+        Noise that each row has for itself is named by the row's place besides.
+
+        Args:
+            batch: Rows.
+            step: Optimiser steps already taken.
+            part: Number of the micro-batch in its step.
+            first_row: Place of the first row in its micro-batch.
         """
         state, config = self.state, self.method_config
-        draw = Draw(self._key(step), self.method.num_train_samples(config), part)
+        draw = Draw(self._key(step), self.method.num_train_samples(config), part, first_row)
         pack = self.label_model.settled(self.method.train_pack(state, config, draw), batch)
-        logits = self.label_model(batch, pack).logits  # (S, B, C)
+        with self.label_model.trunk.recomputing(enabled=self._recompute):
+            logits = self.label_model(batch, pack).logits  # (S, B, C)
         data_loss = self.method.data_loss(logits, batch.labels, batch.allowed, config)
         nll = mean_nll(logits.detach(), batch.labels, batch.allowed)
         # Those that have a step of their own are computed again for it; these are for the log.
@@ -114,7 +121,7 @@ class TrainStep(nn.Module):
             pack: The samples of the forward pass.
         """
         optim = self._optim
-        batch_size = optim.batch_size * optim.gradient_accumulation * self._num_processes
+        batch_size = optim.batch_size * optim.gradient_accumulation
         point = TrainingPoint(step, optim.steps, self._num_examples, batch_size, self._key(step))
         return self.method.kl_terms(self.state, self.method_config, point, pack)
 

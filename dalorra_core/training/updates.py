@@ -10,6 +10,7 @@ from transformers import get_linear_schedule_with_warmup
 from dalorra_core.config import OptimConfig
 from dalorra_core.methods.method import ParamGroup
 from dalorra_core.objectives.elbo import weighted_sum
+from dalorra_core.training.processes import Processes
 from dalorra_core.training.step import StepLoss, TrainStep
 
 __all__ = ["Updater"]
@@ -22,10 +23,18 @@ class Updater:
         module: The parameters.
         optim: Rates, steps and accumulation.
         accelerator: Device, precision and gradient accumulation.
+        processes: Those whose gradients are added up before each step.
     """
 
-    def __init__(self, module: TrainStep, optim: OptimConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        module: TrainStep,
+        optim: OptimConfig,
+        accelerator: Accelerator,
+        processes: Processes,
+    ) -> None:
         self._module, self._optim, self._accelerator = module, optim, accelerator
+        self._processes = processes
         groups = module.method.param_groups(module.state, optim, module.method_config)
         self.adamw = torch.optim.AdamW(
             self._groups([g for g in groups if g.optimizer == "adamw"]), eps=optim.eps, fused=True
@@ -47,18 +56,17 @@ class Updater:
             for group in groups
         ]
 
-    def prepare(self, done: int) -> torch.nn.Module:
-        """Start the schedules after ``done`` steps; return the module that accelerate wrapped."""
+    def prepare(self, done: int) -> None:
+        """Start the schedules after ``done`` steps."""
         warmup = int(self._optim.warmup_ratio * self._optim.steps)
         optimizers = [o for o in (self.adamw, self._sgd) if o is not None]
         self._schedules = [
             get_linear_schedule_with_warmup(o, warmup, self._optim.steps, last_epoch=done - 1)
             for o in optimizers
         ]
-        wrapped, *self._prepared = self._accelerator.prepare(self._module, *optimizers)
-        return wrapped
+        self._prepared = [self._accelerator.prepare(o) for o in optimizers]
 
-    def apply(self, out: StepLoss, step: int) -> None:
+    def apply(self, out: StepLoss, step: int, weight: float = 1.0) -> None:
         """Move the parameters along the gradients of one micro-batch; inside ``accumulate``.
 
         Accelerate's optimisers do nothing before the last micro-batch of a step.
@@ -66,18 +74,22 @@ class Updater:
         Args:
             out: The loss.
             step: Optimiser steps already taken.
+            weight: This process's part of the micro-batch; parts sum to 1, so that a divergence
+                counts once.
         """
         if self._module.method.divergence_apart:
-            self._accelerator.backward(out.data_loss)
+            self._accelerator.backward(out.data_loss * weight)
+            self._add_up()
             adamw, *sgd = self._prepared
             adamw.step()
             adamw.zero_grad()
             if self._accelerator.sync_gradients:
-                self._add_divergence_gradients(out, step)
+                self._add_divergence_gradients(out, step, weight)
             for optimizer in sgd:
                 optimizer.step()
         else:
-            self._accelerator.backward(out.loss)
+            self._accelerator.backward(out.loss * weight)
+            self._add_up()
             for optimizer in self._prepared:
                 optimizer.step()
         if self._accelerator.sync_gradients:
@@ -86,13 +98,17 @@ class Updater:
         for optimizer in self._prepared:
             optimizer.zero_grad()
 
-    def _add_divergence_gradients(self, out: StepLoss, step: int) -> None:
-        """Add the divergences' gradients at the parameters as they are now to what SGD moves.
+    def _add_up(self) -> None:
+        """Make the gradients of a step those of all processes' rows."""
+        if self._accelerator.sync_gradients:
+            grads = [param.grad for param in self._module.params.values()]
+            self._processes.add_up([grad for grad in grads if grad is not None])
 
-        Taken past the hooks of a distributed module: they are the same in every process.
-        """
-        terms = self._module.divergences(step, out.pack)
-        found = torch.autograd.grad(weighted_sum(terms), self._moved_by_sgd, allow_unused=True)
+    def _add_divergence_gradients(self, out: StepLoss, step: int, weight: float) -> None:
+        """Add the divergences' gradients at the parameters as they are now to what SGD moves."""
+        loss = weighted_sum(self._module.divergences(step, out.pack)) * weight
+        found = torch.autograd.grad(loss, self._moved_by_sgd, allow_unused=True)
+        self._processes.add_up([gradient for gradient in found if gradient is not None])
         for param, gradient in zip(self._moved_by_sgd, found, strict=True):
             if gradient is not None:
                 param.grad = gradient if param.grad is None else param.grad + gradient

@@ -262,6 +262,18 @@ def test_a_finished_grid_has_nothing_to_do(copied: Path, root: Path, base: Path)
 
 
 @pytest.mark.usefixtures("no_training")
+def test_runs_of_several_machines_are_put_together_by_copying_them(
+    finished: Path, root: Path, base: Path, tmp_path: Path
+) -> None:
+    for run in (finished / "runs").iterdir():
+        shutil.copytree(run, tmp_path / "out" / "runs" / run.name)
+    ended = bench(root, tmp_path / "out", tiny_grid(base))
+    assert ended.exit_code == 0, ended.output
+    results = "results.jsonl"
+    assert (tmp_path / "out" / results).read_bytes() == (finished / results).read_bytes()
+
+
+@pytest.mark.usefixtures("no_training")
 def test_what_is_added_to_a_finished_run_is_scored_without_training(
     copied: Path, root: Path, base: Path
 ) -> None:

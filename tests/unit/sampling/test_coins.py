@@ -41,6 +41,15 @@ def test_a_longer_draw_begins_with_the_shorter_one() -> None:
         assert torch.equal(coins([3, 4], size, 0.3, CPU), long[:, :size])
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 7, 500])
+def test_coins_may_be_tossed_from_the_middle(start: int) -> None:
+    long, words = coins([3, 4], 1001, 0.3, CPU), random_words([3, 4], 601, CPU)
+    for size in (1, 2, 101):
+        assert torch.equal(coins([3, 4], size, 0.3, CPU, start), long[:, start : start + size])
+        found = random_words([3, 4], size, CPU, start)
+        assert torch.equal(found, words[:, start : start + size])
+
+
 @pytest.mark.parametrize("prob", [0.0, 0.01, 0.1, 0.5, 0.95])
 def test_coins_fall_as_often_as_they_should(prob: float) -> None:
     n = 400_000

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dalorra_core.sampling import streams
 from dalorra_core.sampling.designs import iid_uniforms
-from dalorra_core.sampling.streams import permutation, uniforms
+from dalorra_core.sampling.streams import normals, permutation, uniforms
 from tests.support.reference import philox_words
 
 KEY = ("train", 1, 0, "z", 0)
@@ -22,6 +22,9 @@ class FixedWords:
 
     def __init__(self, words: list[int]) -> None:
         self.words = np.array(words, dtype=np.uint64)
+
+    def advance(self, _: int) -> "FixedWords":
+        return self
 
     def random_raw(self, size: int) -> NDArray[np.uint64]:
         return self.words[:size]
@@ -52,6 +55,14 @@ def test_uniforms_are_never_zero_or_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert 0.0 < low < 1e-15
     assert 1.0 - 1e-15 < also_high == high < 1.0
     assert middle == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 9, 30])
+def test_a_draw_may_begin_anywhere(start: int) -> None:
+    whole = uniforms(KEY, 40)
+    for size in (0, 1, 7):
+        assert uniforms(KEY, size, start).tolist() == whole[start : start + size].tolist()
+    assert normals(KEY, 5, start).tolist() == normals(KEY, 40)[start : start + 5].tolist()
 
 
 def test_every_part_of_a_name_counts() -> None:

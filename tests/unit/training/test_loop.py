@@ -13,8 +13,8 @@ from tests.support.tiny_models import random_rows
 LENGTHS = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5]
 
 
-def first(count: int, *, start: int = 0, stride: int = 1) -> list[list[int]]:
-    batches = micro_batches(LENGTHS, batch_size=4, seed=3, start=start, stride=stride)
+def first(count: int, *, start: int = 0) -> list[list[int]]:
+    batches = micro_batches(LENGTHS, batch_size=4, seed=3, start=start)
     return list(islice(batches, count))
 
 
@@ -32,13 +32,6 @@ def test_a_resumed_run_finds_its_place(start: int) -> None:
     assert first(5, start=start) == first(start + 5)[start:]
 
 
-def test_processes_share_the_sequence() -> None:
-    whole = first(12)
-    assert first(4, start=0, stride=3) == whole[0::3]
-    assert first(4, start=1, stride=3) == whole[1::3]
-    assert first(4, start=2, stride=3) == whole[2::3]
-
-
 def test_an_evaluation_takes_rows_from_all_over_a_sorted_file() -> None:
     rows = random_rows(range(1, 11))
     assert [len(r.token_ids) for r in _spread(rows, 5)] == [1, 3, 5, 7, 9]
@@ -46,17 +39,14 @@ def test_an_evaluation_takes_rows_from_all_over_a_sorted_file() -> None:
     assert _spread(rows, None) == _spread(rows, 10) == _spread(rows, 99) == rows
 
 
-def in_order(count: int, *, start: int = 0, stride: int = 1, size: int = 4) -> list[list[int]]:
-    batches = micro_batches(
-        LENGTHS, batch_size=size, seed=3, start=start, stride=stride, shuffle=False
-    )
+def in_order(count: int, *, start: int = 0, size: int = 4) -> list[list[int]]:
+    batches = micro_batches(LENGTHS, batch_size=size, seed=3, start=start, shuffle=False)
     return list(islice(batches, count))
 
 
 def test_without_shuffling_every_epoch_is_the_file_without_its_rest() -> None:
     assert in_order(5) == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2 + [[0, 1, 2, 3]]
     assert in_order(5, start=3) == in_order(8)[3:]
-    assert in_order(3, start=1, stride=2) == in_order(6)[1::2]
     assert in_order(2, size=5) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
@@ -76,10 +66,9 @@ def test_published_runs_end_with_an_epoch(rows: int, published: int) -> None:
     assert last_step(OptimConfig(), rows, shuffle=False) == 5000
 
 
-def test_the_end_of_the_epoch_counts_micro_batches_and_processes() -> None:
+def test_the_end_of_the_epoch_counts_micro_batches() -> None:
     """10 rows are 3 batches of 4, the last one short; 7 steps of 2 are 14, hence 15 of 5 epochs."""
     optim = OptimConfig(run_to_epoch_end=True, steps=7, gradient_accumulation=2)
     assert last_step(optim, 10, shuffle=True) == 8  # 16 batches: the 15 and one more
     alone = OptimConfig(run_to_epoch_end=True, steps=7)
-    assert last_step(alone, 10, shuffle=True, num_processes=2) == 8
     assert last_step(alone, 10, shuffle=True) == 9

@@ -17,6 +17,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.config import OptimConfig
 from dalorra_core.methods.method import ParamGroup
 from dalorra_core.objectives.elbo import KlTerm
+from dalorra_core.training.processes import Processes
 from dalorra_core.training.step import StepLoss
 from dalorra_core.training.updates import Updater
 
@@ -71,12 +72,13 @@ def after(
     toy, accumulation = Toy(method), len(micro_batches[0])
     optim = OptimConfig(steps=2, warmup_ratio=0.0, gradient_accumulation=accumulation)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
-    updater = Updater(cast("Any", toy), optim, accelerator)
-    wrapped, seen = updater.prepare(start), []
+    updater = Updater(cast("Any", toy), optim, accelerator, Processes(0, 1))
+    updater.prepare(start)
+    seen: list[tuple[float, float]] = []
     for step, cs in enumerate(micro_batches, start):
         for c in cs:
-            with accelerator.accumulate(wrapped):
-                updater.apply(wrapped(c, step), step)
+            with accelerator.accumulate(toy):
+                updater.apply(toy(c, step), step)
         seen.append((toy.adapter["a"].item(), toy.adapter["g"].item()))
     return toy, seen
 

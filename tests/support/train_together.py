@@ -1,0 +1,79 @@
+"""One of several processes that train together: does a list of jobs, one after the other.
+
+Started with what a launcher sets (RANK, WORLD_SIZE ...). A job is {"config", "run", "resume"} and
+may have "rank_1", settings that process 1 gets in place of its own, and "dies_at", the step before
+which process 1 is killed. Errors are written to RUN/error-RANK.txt, parameters to
+RUN/params-RANK.safetensors.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from dalorra_core.errors import DalorraError
+from dalorra_core.training import run
+from dalorra_core.training.loop import TrainingResult
+from dalorra_core.training.settings import TrainConfig
+from dalorra_core.training.step import TrainStep
+
+
+def main(rank: int, jobs: list[dict[str, Any]]) -> None:
+    """Do the jobs as process ``rank``."""
+    torch.set_num_threads(1)
+    setattr(Accelerator, "end_training", _stay)  # noqa: B010  it would part the processes
+    for job in jobs:
+        folder = Path(job["run"])
+        _keep_parameters(folder / f"params-{rank}.safetensors")
+        if rank == 1 and "dies_at" in job:
+            _die_before(job["dies_at"])
+        values = job["rank_1"] if rank == 1 and "rank_1" in job else job["config"]
+        try:
+            run.run_training(
+                TrainConfig.model_validate(values),
+                folder / "out",
+                folder,
+                resume=job.get("resume", False),
+                overwrite=True,
+                report=lambda _: None,
+            )
+        except DalorraError as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def _stay(_: Accelerator) -> None:
+    """End nothing: the next job needs the processes together."""
+
+
+def _keep_parameters(file: Path) -> None:
+    train = _TRAIN
+
+    def kept(*args: Any, **options: Any) -> TrainingResult:
+        result: TrainingResult = train(*args, **options)
+        save_file(dict(result.state.params), file)
+        return result
+
+    run.train_members = kept
+
+
+def _die_before(step: int) -> None:
+    def die(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, TrainStep) and arguments[1] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    register_module_forward_pre_hook(die)
+
+
+_TRAIN = run.train_members
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))
