@@ -5,7 +5,7 @@ adapter's low-rank parts and label head over its own rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from dalorra_core.adapters.inject import LM_HEAD, TargetSpec
-from dalorra_core.adapters.pack import ModulePack, RowContext, SamplePack, unfold
+from dalorra_core.adapters.inject import TargetSpec
+from dalorra_core.adapters.pack import RowContext, SamplePack, unfold
 from dalorra_core.data.collate import TokenBatch
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.errors import ConfigError
-from dalorra_core.predictive.fork import first_adapted_layer
 from dalorra_core.predictive.label_head import LabelHead
-from dalorra_core.predictive.trunk import Trunk
+from dalorra_core.predictive.trunk import Stem, Trunk, first_adapted_layer
 
 __all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together", "positions_up_to"]
 
@@ -54,6 +53,7 @@ class LabelModel(nn.Module):
             _ = trunk.shortens  # tried now, not under the first request
         self.head.check_adapter(specs)
         trunk.adapt(specs)
+        self._layers = {spec.name: spec.layer for spec in specs}
         self.fold_layer = self._fold_layer(specs)
 
     @property
@@ -99,37 +99,53 @@ class LabelModel(nn.Module):
         # In float64, so that the order of the sum, which padding may change, does not show.
         return ((embedded.double() * weight).sum(1) / weight.sum(1)).float()
 
-    @torch.no_grad()
-    def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
-        """Return where samples may be folded in; None: before the decoder only.
+    def begun(self, batch: TokenBatch, pack: SamplePack) -> TokenBatch:
+        """Return the batch with the states that all samples share, for several forwards of it.
 
-        Tries both ways once, on two rows and two samples with different gates.
+        The very same batch where there are none. Holds the trunk's turn.
+
+        Args:
+            batch: B rows on this model's device, padded on the right.
+            pack: M samples.
         """
+        with self.trunk.turns:
+            settled = self.settled(pack, batch)
+            layer = self.fold_layer_of(settled)
+            if layer is None:
+                return batch
+            rows = (len(batch.last_index),)
+            stem = self.trunk.stem(batch.input_ids, (settled,), rows, layer, self.known(batch))
+            return replace(batch, stem=stem.states, stem_layer=stem.layer)
+
+    def known(self, batch: TokenBatch) -> Stem | None:
+        """Return what the batch brings along of the lower layers' work."""
+        layer = self.fold_layer if batch.stem_layer is None else batch.stem_layer
+        return None if batch.stem is None or layer is None else Stem(layer, batch.stem)
+
+    def fold_layer_of(self, pack: SamplePack) -> int | None:
+        """Return the layer at whose inputs the samples of a pack begin to differ.
+
+        Below it every module is one function for all samples, or is not adapted. None: before the
+        decoder, or where nobody knows how to begin at that layer. To be asked inside the trunk's
+        turn and while nothing is bound.
+
+        Args:
+            pack: M samples, settled for their rows.
+        """
+        layers = getattr(self.decoder, "layers", None)
+        if pack.num_samples == 1 or not isinstance(layers, nn.ModuleList):
+            return self.fold_layer
+        differ = [self._layers[name] for name, m in pack.modules.items() if not m.shared]
+        first = min((layer for layer in differ if layer is not None), default=len(layers) - 1)
+        return first if first > 0 and self.trunk.begins_at(first) else None
+
+    def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
+        """Return the first adapted layer, where a forward can begin there."""
         first = first_adapted_layer(self.decoder, specs)
         if first is None:
             return None
-        device = self.head.weight.device
-        modules = {
-            s.name: ModulePack(
-                torch.full((1, 1, s.d_in), 0.01, device=device),
-                torch.full((1, s.d_out, 1), 0.01, device=device),
-                torch.tensor([[0.0], [1.0]], device=device),
-            )
-            for s in specs
-            if s.name != LM_HEAD
-        }
-        pack = SamplePack(2, 1.0, modules)
-        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
         with self.trunk.turns:
-            early = self.trunk.states(ids, (pack,), (2,), None)
-            try:
-                late = self.trunk.states(ids, (pack,), (2,), first)
-            except (RuntimeError, ValueError):  # a mask or a cache with a batch axis of its own
-                return None
-        agree = late.shape == early.shape and bool(
-            torch.allclose(late.float(), early.float(), rtol=1e-2, atol=1e-2)
-        )
-        return first if agree else None
+            return first if self.trunk.begins_at(first) else None
 
 
 @dataclass(frozen=True)
@@ -173,8 +189,8 @@ def forward_together(
     last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
     with trunk.turns:
         packs = [group.model.settled(group.pack, group.batch) for group in groups]
-        stem = groups[0].batch.stem if len(groups) == 1 else None
-        layer = _fold_layer(groups)
+        stem = groups[0].model.known(groups[0].batch) if len(groups) == 1 else None
+        layer = _fold_layer(groups, packs)
         folded = trunk.last_states(input_ids, last, packs, rows, layer, stem)  # (M*B, d)
         hidden = unfold(folded, m)  # (M, B, d)
         full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
@@ -195,9 +211,10 @@ def positions_up_to(last_index: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=last_index.device) <= last_index.unsqueeze(1)
 
 
-def _fold_layer(groups: Sequence[PackedRows]) -> int | None:
-    """Return the first layer adapted by any group; None when one of them cannot be folded late."""
-    layers = [group.model.fold_layer for group in groups]
+def _fold_layer(groups: Sequence[PackedRows], packs: Sequence[SamplePack]) -> int | None:
+    """Return the layer from which any group's samples differ; None: before the decoder."""
+    pairs = zip(groups, packs, strict=True)
+    layers = [group.model.fold_layer_of(pack) for group, pack in pairs]
     found = [layer for layer in layers if layer is not None]
     return min(found) if len(found) == len(layers) else None
 

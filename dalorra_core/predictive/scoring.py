@@ -205,6 +205,8 @@ def score_together(
             _Part.of(sheets[g], [places[n][1] for n in own])
             for g, own in groupby(kept, key=lambda n: places[n][0])
         ]
+        if step < m:  # one row, which all passes begin at the first layer where samples differ
+            parts = [part.begun() for part in parts]
         for start in range(0, m, step) if parts else ():
             if start > 0 and not any(ask(n) for n in kept):
                 break
@@ -265,6 +267,11 @@ class _Part:
         if group.stems is not None:
             batch = replace(batch, stem=group.stems.of(rows))
         return cls(sheet, rows, batch.to(group.model.head.weight.device))
+
+    def begun(self) -> Self:
+        """Return the part with the states that its samples share, for several passes."""
+        group = self.sheet.group
+        return replace(self, batch=group.model.begun(self.batch, group.pack))
 
 
 def _run_pass(parts: Sequence[_Part], start: int, stop: int, *, label_mass: bool) -> None:

@@ -4,9 +4,7 @@ Training meets every row many times. Where its states at the first adapted layer
 they are computed once, and every step begins at that layer.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from dalorra_core.data.collate import EncodedExample, collate
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.scoring import padded_token_limit, plan_chunks
-from dalorra_core.predictive.trunk import RowStates, starting_at
+from dalorra_core.predictive.trunk import RowStates
 
 __all__ = ["MAX_BYTES", "StemStates", "kept_stem_states", "stem_states"]
 
@@ -59,7 +57,7 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
         rows: Encoded rows.
     """
     layer = model.fold_layer
-    if layer is None or not rows or not _can_begin_at(model, layer):
+    if layer is None or not rows:
         return None
     width = model.head.weight.shape[1]
     itemsize = next(model.trunk.model.parameters()).element_size()
@@ -71,7 +69,7 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
     for places, _ in plan_chunks(lengths, 1, padded_token_limit(device)):
         batch = collate([rows[i] for i in places], num_labels=model.num_labels)
         with model.trunk.turns:
-            states = _states_at(model.decoder, layer, batch.input_ids.to(device))
+            states = model.trunk.stem(batch.input_ids.to(device), (), (), layer).states
         for place, own in zip(places, states, strict=True):
             found[place] = own[: lengths[place]].clone()
     return StemStates(found)
@@ -81,47 +79,3 @@ def kept_stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> RowSt
     """Return the rows' states from the base model's shelf; None without one."""
     shelf = model.trunk.shelf
     return None if shelf is None else shelf.of(model, rows)
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass whose rest is not wanted."""
-
-
-@torch.no_grad()
-def _states_at(decoder: nn.Module, layer: int, input_ids: Tensor) -> Tensor:
-    """Return the states (B, T, d) at the input of a layer; what lies above is not run."""
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise _ReachedError
-
-    layers: Any = decoder.layers
-    with layers[layer].register_forward_pre_hook(stop), _stopped():
-        decoder(input_ids=input_ids, use_cache=False)
-    return found[0]
-
-
-@contextmanager
-def _stopped() -> Iterator[None]:
-    try:
-        yield
-    except _ReachedError:
-        return
-
-
-@torch.no_grad()
-def _can_begin_at(model: LabelModel, layer: int) -> bool:
-    """Try both ways on two rows: some families do more to embeddings than hand them on."""
-    ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=model.head.weight.device)
-    with model.trunk.turns:
-        whole = model.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        states = _states_at(model.decoder, layer, ids)
-        try:
-            with starting_at(model.decoder, layer):
-                begun = model.decoder(inputs_embeds=states, use_cache=False).last_hidden_state
-        except (RuntimeError, ValueError, TypeError):
-            return False
-    return begun.shape == whole.shape and torch.allclose(
-        begun.float(), whole.float(), rtol=1e-2, atol=1e-2
-    )

@@ -1,9 +1,9 @@
 """What all adapters of one base model share: its layers, and who uses them now."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.inject import TargetSpec, decoder_of, inject
 from dalorra_core.adapters.pack import SamplePack, fold
-from dalorra_core.predictive.fork import folded_at
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.turns import Turns
 
-__all__ = ["RowStates", "StemSource", "Trunk", "starting_at"]
+__all__ = ["RowStates", "Stem", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
+
+
+class Stem(NamedTuple):
+    """What the layers below one have computed of some rows.
+
+    Attributes:
+        layer: Number of that layer.
+        states: (B, T, d), its inputs.
+    """
+
+    layer: int
+    states: Tensor
 
 
 class RowStates(Protocol):
@@ -57,6 +68,7 @@ class Trunk:
         self.binding = Binding()
         self.turns = Turns()
         self.shelf: StemSource | None = None
+        self._begins: dict[int, bool] = {}
 
     def adapt(self, specs: Sequence[TargetSpec]) -> None:
         """Make the modules of one adapter ready to be adapted; waits for the forward under way.
@@ -74,7 +86,7 @@ class Trunk:
         packs: Sequence[SamplePack],
         rows: Sequence[int],
         fold_layer: int | None,
-        stem: Tensor | None = None,
+        stem: Stem | None = None,
     ) -> Tensor:
         """Return the hidden states of each row's last token; to be called inside ``turns``.
 
@@ -84,7 +96,7 @@ class Trunk:
             packs: At least one; all of equal M.
             rows: Rows of each pack.
             fold_layer: Layer at whose input the samples are folded in.
-            stem: States at the input of that layer.
+            stem: What is known of the rows.
 
         Returns:
             (M*B, d), row m*B + b.
@@ -108,13 +120,58 @@ class Trunk:
         """
         return can_shorten(self.decoder)
 
+    def begins_at(self, layer: int) -> bool:
+        """Return whether a forward can begin at the inputs of a layer.
+
+        Some families do more to embeddings than hand them on. Whether a model is of that kind is
+        tried when it is first asked, which is to be inside ``turns`` and while nothing is bound.
+        """
+        if layer not in self._begins:
+            self._begins[layer] = self._can_begin_at(layer)
+        return self._begins[layer]
+
+    @torch.no_grad()
+    def _can_begin_at(self, layer: int) -> bool:
+        """Try both ways on two rows."""
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=next(self.decoder.parameters()).device)
+        whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        try:
+            begun = self._run(ids, self._stopped_at(ids, layer, None), 1)
+        except (RuntimeError, ValueError, TypeError, AttributeError):
+            return False
+        return begun.shape == whole.shape and torch.allclose(
+            begun.float(), whole.float(), rtol=1e-2, atol=1e-2
+        )
+
+    def stem(
+        self,
+        input_ids: Tensor,
+        packs: Sequence[SamplePack],
+        rows: Sequence[int],
+        layer: int,
+        known: Stem | None = None,
+    ) -> Stem:
+        """Return the inputs of a layer; to be called inside ``turns``. What lies above is not run.
+
+        Args:
+            input_ids: (B, T), the packs' rows one after the other, padded on the right.
+            packs: Whose samples share the layers below; none where no adapter begins there.
+            rows: Rows of each pack.
+            layer: Its number.
+            known: The inputs of that layer or of one below, where they are known.
+        """
+        if known is not None and known.layer == layer:
+            return known
+        with self._lent(packs, rows):
+            return self._stopped_at(input_ids, layer, known)
+
     def states(
         self,
         input_ids: Tensor,
         packs: Sequence[SamplePack],
         rows: Sequence[int],
         fold_layer: int | None,
-        stem: Tensor | None = None,
+        stem: Stem | None = None,
         *,
         folded_inside: bool = False,
     ) -> Tensor:
@@ -124,24 +181,60 @@ class Trunk:
             input_ids: (B, T), the packs' rows one after the other, padded on the right.
             packs: At least one; all of equal M.
             rows: Rows of each pack, when there are several; they sum to B.
-            fold_layer: Layer at whose input the samples are folded in; None: before the decoder.
-            stem: (B, T, d) states at the input of that layer, where they are known: the layers
-                below are not run.
+            fold_layer: Layer at whose input the samples are folded in: those below are run on B
+                rows. None: before the decoder.
+            stem: The inputs of that layer or of one below, where they are known: what lies below
+                those is not run.
             folded_inside: That layer does the folding itself.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
         m = 1 if folded_inside else packs[0].num_samples
-        lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
-        if stem is not None and fold_layer is not None:
-            with lent, starting_at(self.decoder, fold_layer):
-                begun = self.decoder(inputs_embeds=fold(stem, m), use_cache=False)
-                return begun.last_hidden_state
-        ids = input_ids if fold_layer is not None else fold(input_ids, m)
-        with lent, folded_at(self.decoder, fold_layer, m):
-            states: Tensor = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            return states
+        if fold_layer is not None and m > 1:
+            stem = self.stem(input_ids, packs, rows, fold_layer, stem)
+        with self._lent(packs, rows):
+            return self._run(input_ids, stem, m)
+
+    def _lent(
+        self, packs: Sequence[SamplePack], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        if not packs:
+            return nullcontext()
+        return self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
+
+    def _run(self, input_ids: Tensor, stem: Stem | None, copies: int) -> Tensor:
+        """Return the last hidden states of rows that are repeated before the first layer run."""
+        if stem is None:
+            whole = self.decoder(input_ids=fold(input_ids, copies), use_cache=False)
+            found: Tensor = whole.last_hidden_state
+            return found
+        with starting_at(self.decoder, stem.layer):
+            embedded = fold(stem.states, copies)
+            return self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    def _stopped_at(self, input_ids: Tensor, layer: int, known: Stem | None) -> Stem:
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _ReachedError
+
+        layers: Any = self.decoder.layers
+        with layers[layer].register_forward_pre_hook(stop), suppress(_ReachedError):
+            self._run(input_ids, known, 1)
+        return Stem(layer, found[0])
+
+
+def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:
+    """Return the layer at whose input samples begin to differ; None where that gains nothing."""
+    first = min((s.layer for s in specs if s.layer is not None), default=0)
+    layers: Any = getattr(decoder, "layers", None)
+    return first if first > 0 and isinstance(layers, nn.ModuleList) else None
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass whose rest is not wanted."""
 
 
 class _Skipped(nn.Module):

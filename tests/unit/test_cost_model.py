@@ -1,14 +1,25 @@
 """benchmarks.cost_model: its arithmetic against torch's own count, its plan for GPUs."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost_model import MODELS, Shape, bound_s, main, pass_work, planning, random_rows
+from benchmarks.cost_model import (
+    MODELS,
+    Shape,
+    bound_s,
+    main,
+    pass_work,
+    planning,
+    random_rows,
+    works_of,
+)
 from dalorra_core.data.collate import collate
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.predictive.scoring import RowsToScore, score_together
 from tests.support.tiny_artifacts import save_tiny_adapter
 from tests.support.tiny_models import save_tiny_base, tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -16,16 +27,20 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def three_layers(directory: Path, first: int) -> Predictor:
+    base = directory / "base"
+    tiny_model(num_hidden_layers=3).save_pretrained(base)
+    tiny_tokenizer(adds_start=True).save_pretrained(base)
+    adapter = save_tiny_adapter(directory / "a", base, targets=TARGETS, layers=(first, 2))
+    return Predictor.load(adapter, base=str(base), device="cpu")
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize(("rows", "length", "samples"), [(1, 9, 1), (3, 7, 1), (2, 11, 5)])
 def test_the_arithmetic_of_a_pass_is_what_torch_counts(
     tmp_path: Path, first: int, rows: int, length: int, samples: int
 ) -> None:
-    base = tmp_path / "base"
-    tiny_model(num_hidden_layers=3).save_pretrained(base)
-    tiny_tokenizer(adds_start=True).save_pretrained(base)
-    adapter = save_tiny_adapter(tmp_path / "a", base, targets=TARGETS, layers=(first, 2))
-    predictor = Predictor.load(adapter, base=str(base), device="cpu")
+    predictor = three_layers(tmp_path, first)
     shape = Shape.of(predictor)
     batch = collate(random_rows(rows, length, shape.vocabulary), num_labels=4)
     pack = predictor.pack(SamplingPlan(samples))
@@ -36,6 +51,21 @@ def test_the_arithmetic_of_a_pass_is_what_torch_counts(
     assert work.flops - work.attention == counter.get_total_flops()  # attention is not counted
     queries = rows * length * (first + (2 - first) * samples) + samples * rows
     assert work.attention == 4 * length * 32 * queries  # q·k and the sum of v, at a width of 32
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("limit", [1, 14, 30, 1000])
+def test_the_arithmetic_of_several_passes_is_what_torch_counts(
+    tmp_path: Path, first: int, limit: int
+) -> None:
+    predictor = three_layers(tmp_path, first)
+    shape, samples = Shape.of(predictor), 5
+    rows = [row for length in (4, 7) for row in random_rows(2, length, shape.vocabulary)]
+    group = RowsToScore(predictor.model, predictor.pack(SamplingPlan(samples)), rows)
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        inspect.unwrap(score_together)([group], max_padded_tokens=limit)  # with gradients, as above
+    works = works_of(shape, [len(row.token_ids) for row in rows], samples, limit)
+    assert sum(w.flops - w.attention for w in works) == counter.get_total_flops()
 
 
 def test_the_weights_of_a_known_model_are_its_published_size() -> None:
