@@ -11,7 +11,19 @@ from typing import NamedTuple
 from dalorra_core.adapters.pack import ModulePack, SamplePack
 from dalorra_core.errors import ConfigError
 
-__all__ = ["Binding", "Loan"]
+__all__ = ["Binding", "Loan", "Share"]
+
+
+class Share(NamedTuple):
+    """Which rows of a batch a pack is for.
+
+    Attributes:
+        rows: Places among each sample's rows.
+        of: B, the rows of all packs together.
+    """
+
+    rows: slice
+    of: int
 
 
 class Loan(NamedTuple):
@@ -19,22 +31,23 @@ class Loan(NamedTuple):
 
     Attributes:
         module: Its factors.
-        num_samples: M.
+        num_samples: M; or 1 where all samples share the module, which may then be run before rows
+            are repeated for the samples or after.
         scaling: lora_alpha / r.
-        rows: Which of each sample's B rows they are for; None for all.
+        share: Which rows they are for; None for all.
     """
 
     module: ModulePack
     num_samples: int
     scaling: float
-    rows: slice | None
+    share: Share | None
 
 
 class Binding:
     """Holds the packs of the forward pass under way; used by one thread at a time."""
 
     def __init__(self) -> None:
-        self._lent: tuple[tuple[SamplePack, slice | None], ...] = ()
+        self._lent: tuple[tuple[SamplePack, Share | None], ...] = ()
 
     @contextmanager
     def bind(self, *packs: SamplePack, rows: Sequence[int] = ()) -> Iterator[None]:
@@ -61,7 +74,7 @@ class Binding:
         return lambda: self._lending(lent)
 
     @contextmanager
-    def _lending(self, lent: tuple[tuple[SamplePack, slice | None], ...]) -> Iterator[None]:
+    def _lending(self, lent: tuple[tuple[SamplePack, Share | None], ...]) -> Iterator[None]:
         if self._lent:
             raise RuntimeError("a sample pack is already bound to this model")
         self._lent = lent
@@ -73,15 +86,15 @@ class Binding:
     def lookup(self, module: str) -> tuple[Loan, ...]:
         """Return what is bound for ``module``, in order of rows; empty when nothing is."""
         return tuple(
-            Loan(pack.modules[module], pack.num_samples, pack.scaling, rows)
-            for pack, rows in self._lent
-            if module in pack.modules
+            Loan(found, 1 if found.shared else pack.num_samples, pack.scaling, share)
+            for pack, share in self._lent
+            if (found := pack.modules.get(module)) is not None
         )
 
 
 def _shares(
     packs: Sequence[SamplePack], rows: Sequence[int]
-) -> tuple[tuple[SamplePack, slice | None], ...]:
+) -> tuple[tuple[SamplePack, Share | None], ...]:
     if len(packs) == 1 and not rows:
         return ((packs[0], None),)
     samples = {pack.num_samples for pack in packs}
@@ -91,6 +104,6 @@ def _shares(
         raise ConfigError(f"each of {len(packs)} packs must have at least one row, got {rows}")
     stops = [sum(rows[: i + 1]) for i in range(len(rows))]
     return tuple(
-        (pack, slice(stop - count, stop))
+        (pack, Share(slice(stop - count, stop), stops[-1]))
         for pack, count, stop in zip(packs, rows, stops, strict=True)
     )

@@ -39,7 +39,7 @@ def _core_features(h: Tensor, module: ModulePack, num_samples: int, scaling: flo
     if module.z is None:
         u = u * before_core
     else:
-        gate = module.z.to(h.dtype) * before_core  # (M, r) or (M, B, r)
+        gate = module.z.to(h.dtype) * before_core  # (M or 1, r) or (M, B, r)
         middle = [1] * (u.dim() + 1 - gate.dim())
         shape = (*gate.shape[:-1], *middle, gate.shape[-1])
         u = (unfold(u, num_samples) * gate.view(shape)).flatten(0, 1)
@@ -98,11 +98,13 @@ class AdaptedLinear(nn.Module):
 
 def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
     """Return ``out`` with one pack's part added to its rows; changes ``out`` when not all are."""
-    module, m, scaling, rows = loan
-    if rows is None:
+    module, m, scaling, share = loan
+    if share is None:
         return _plus_up(out, _core_features(h, module, m, scaling), module.lora_B, m)
-    own = unfold(h, m)[:, rows].flatten(0, 1)  # (M*B_g, ..., d_in)
-    unfold(out, m)[:, rows] += unfold(low_rank_delta(own, module, m, scaling), m)
+    copies = len(h) // share.of  # M; or 1, in layers that all samples share
+    own = unfold(h, copies)[:, share.rows].flatten(0, 1)  # (copies*B_g, ..., d_in)
+    delta = low_rank_delta(own, module, m, scaling)
+    unfold(out, copies)[:, share.rows] += unfold(delta, copies)
     return out
 
 

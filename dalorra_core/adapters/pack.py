@@ -86,8 +86,8 @@ class ModulePack:
     Attributes:
         lora_A: Down factors, (1, r, d_in) when all samples share them, else (M, r, d_in).
         lora_B: Up factors, (1, d_out, r) or (M, d_out, r).
-        z: Rank gates (M, r), or (M, B, r) where each row has its own: hard in {0, 1}, relaxed in
-            (0, 1), or any real scale; None stands for all ones.
+        z: Rank gates (M, r), (1, r) when all samples share them, or (M, B, r) where each row has
+            its own: hard in {0, 1}, relaxed in (0, 1), or any real scale; None stands for all ones.
         before: Applied to the module's inputs, such as dropout.
         beside: Added to the rank features, such as noise of its own on every token.
         core: Applied to the gated rank features.
@@ -104,6 +104,12 @@ class ModulePack:
     def transforms(self) -> Iterator[Transform]:
         """The transforms that are there."""
         return (t for t in (self.before, self.beside, self.core) if t is not None)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the module is one function, the same for all samples, and shows it."""
+        parts = (self.lora_A, self.lora_B, self.z)
+        return all(t is None or len(t) == 1 for t in parts) and not any(self.transforms)
 
 
 @dataclass(frozen=True)
@@ -169,15 +175,11 @@ class SamplePack:
         if self.num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
         for name, module in self.modules.items():
-            if module.z is not None and module.z.shape[0] != self.num_samples:
-                raise ConfigError(
-                    f"module {name}: z holds {module.z.shape[0]} samples, "
-                    f"the pack holds {self.num_samples}"
-                )
-            for factor in (module.lora_A, module.lora_B):
-                if factor.shape[0] not in (1, self.num_samples):
+            factors = (("a factor", module.lora_A), ("a factor", module.lora_B))
+            for part, tensor in (("z", module.z), *factors):
+                if tensor is not None and len(tensor) not in {1, self.num_samples}:
                     raise ConfigError(
-                        f"module {name}: a factor holds {factor.shape[0]} samples; "
+                        f"module {name}: {part} holds {len(tensor)} samples; "
                         f"allowed are 1 and {self.num_samples}"
                     )
 
@@ -214,7 +216,7 @@ class SamplePack:
             name: ModulePack(
                 lora_A=cut(m.lora_A),
                 lora_B=cut(m.lora_B),
-                z=None if m.z is None else m.z[start:stop],
+                z=None if m.z is None else cut(m.z),
                 before=part(m.before),
                 beside=part(m.beside),
                 core=part(m.core),
@@ -223,6 +225,22 @@ class SamplePack:
         }
         per_row = None if self.per_row is None else self.per_row.narrow(start, stop)
         return SamplePack(stop - start, self.scaling, modules, per_row)
+
+    def condensed(self) -> "SamplePack":
+        """Return the same samples; gates of a module that are equal in all of them are kept once.
+
+        Layers whose modules are all ``shared`` need to run once, not M times.
+        """
+
+        def once(module: ModulePack) -> ModulePack:
+            z = module.z
+            if z is None or z.dim() != 2 or not bool((z == z[:1]).all()):  # noqa: PLR2004  (M, r)
+                return module
+            return replace(module, z=z[:1])
+
+        if self.per_row is not None:
+            return self
+        return replace(self, modules={name: once(m) for name, m in self.modules.items()})
 
     def for_rows(self, context: RowContext) -> "SamplePack":
         """Return the pack for these rows; nothing of it depends on other rows any more."""

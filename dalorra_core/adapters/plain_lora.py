@@ -95,7 +95,7 @@ def _factors(module: ModulePack, m: int) -> Factors:
     down = module.lora_A[m if len(module.lora_A) > 1 else 0]  # (r, d_in)
     up = module.lora_B[m if len(module.lora_B) > 1 else 0]  # (d_out, r)
     if module.z is not None:
-        up = up * module.z[m]
+        up = up * module.z[m if len(module.z) > 1 else 0]
     return Factors(down.detach().float().cpu(), up.detach().float().cpu())
 
 

@@ -6,6 +6,7 @@ from dalorra_core.cli.bench import bench_app
 from dalorra_core.cli.calibrate import calibrate_command
 from dalorra_core.cli.evaluate import evaluate_command
 from dalorra_core.cli.export import export_command
+from dalorra_core.cli.fixing import fix_gates_command
 from dalorra_core.cli.importing import import_command
 from dalorra_core.cli.inspect import inspect_command
 from dalorra_core.cli.predict import predict_command
@@ -25,6 +26,7 @@ app.command("evaluate")(evaluate_command)
 app.command("calibrate")(calibrate_command)
 app.command("predict")(predict_command)
 app.command("inspect")(inspect_command)
+app.command("fix-gates")(fix_gates_command)
 app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("sign")(sign_command)

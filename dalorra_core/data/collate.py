@@ -37,7 +37,8 @@ class TokenBatch:
         labels: Right label of each row, in 0..C-1, or -1 for none, shape (B,).
         allowed: Labels that each row may be given, shape (B, C); None when every row may be given
             all of them.
-        stem: States at the input of the first adapted layer, where they are known already.
+        stem: States at the input of a layer, where they are known already.
+        stem_layer: Which layer that is; None: the first adapted one.
     """
 
     input_ids: Int64[Tensor, "B T"]
@@ -45,6 +46,7 @@ class TokenBatch:
     allowed: Bool[Tensor, "B C"] | None
     labels: Int64[Tensor, " B"]
     stem: Float[Tensor, "B T d"] | None = None
+    stem_layer: int | None = None
 
     def rows(self, which: slice) -> "TokenBatch":
         """Return some rows, still padded to the longest of all."""
@@ -64,6 +66,7 @@ class TokenBatch:
             allowed=None if self.allowed is None else self.allowed.to(device),
             labels=self.labels.to(device),
             stem=None if self.stem is None else self.stem.to(device),
+            stem_layer=self.stem_layer,
         )
 
     @property

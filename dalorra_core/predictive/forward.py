@@ -19,7 +19,7 @@ from dalorra_core.data.collate import TokenBatch
 from dalorra_core.data.labels import LabelSet
 from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.label_head import LabelHead
-from dalorra_core.predictive.trunk import Trunk, first_adapted_layer
+from dalorra_core.predictive.trunk import Stem, Trunk, first_adapted_layer
 
 __all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together", "positions_up_to"]
 
@@ -53,6 +53,7 @@ class LabelModel(nn.Module):
             _ = trunk.shortens  # tried now, not under the first request
         self.head.check_adapter(specs)
         trunk.adapt(specs)
+        self._layers = {spec.name: spec.layer for spec in specs}
         self.fold_layer = self._fold_layer(specs)
 
     @property
@@ -98,21 +99,48 @@ class LabelModel(nn.Module):
         # In float64, so that the order of the sum, which padding may change, does not show.
         return ((embedded.double() * weight).sum(1) / weight.sum(1)).float()
 
-    def begun(self, batch: TokenBatch) -> TokenBatch:
+    def begun(self, batch: TokenBatch, pack: SamplePack) -> TokenBatch:
         """Return the batch with the states that all samples share, for several forwards of it.
 
-        The very same batch where there are none, or they are known. Holds the trunk's turn.
+        The very same batch where there are none. Holds the trunk's turn.
 
         Args:
             batch: B rows on this model's device, padded on the right.
+            pack: M samples.
         """
-        if self.fold_layer is None or batch.stem is not None:
-            return batch
         with self.trunk.turns:
-            return replace(batch, stem=self.trunk.states_at(batch.input_ids, self.fold_layer))
+            settled = self.settled(pack, batch)
+            layer = self.fold_layer_of(settled)
+            if layer is None:
+                return batch
+            rows = (len(batch.last_index),)
+            stem = self.trunk.stem(batch.input_ids, layer, (settled,), rows, self.known(batch))
+            return replace(batch, stem=stem.states, stem_layer=stem.layer)
+
+    def known(self, batch: TokenBatch) -> Stem | None:
+        """Return what the batch brings along of the lower layers' work."""
+        layer = self.fold_layer if batch.stem_layer is None else batch.stem_layer
+        return None if batch.stem is None or layer is None else Stem(layer, batch.stem)
+
+    def fold_layer_of(self, pack: SamplePack) -> int | None:
+        """Return the layer at whose inputs the samples of a pack begin to differ.
+
+        Below it every module is one function for all samples, or is not adapted. None: before the
+        decoder, or where nobody knows how to begin at that layer. To be asked inside the trunk's
+        turn and while nothing is bound.
+
+        Args:
+            pack: M samples, settled for their rows.
+        """
+        layers = getattr(self.decoder, "layers", None)
+        if pack.num_samples == 1 or not isinstance(layers, nn.ModuleList):
+            return self.fold_layer
+        differ = [self._layers[name] for name, m in pack.modules.items() if not m.shared]
+        first = min((layer for layer in differ if layer is not None), default=len(layers) - 1)
+        return first if first > 0 and self.trunk.begins_at(first) else None
 
     def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
-        """Return where samples may be folded in; None: before the decoder only."""
+        """Return the first adapted layer, where a forward can begin there."""
         first = first_adapted_layer(self.decoder, specs)
         if first is None:
             return None
@@ -161,8 +189,8 @@ def forward_together(
     last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
     with trunk.turns:
         packs = [group.model.settled(group.pack, group.batch) for group in groups]
-        stem = groups[0].batch.stem if len(groups) == 1 else None
-        layer = _fold_layer(groups)
+        stem = groups[0].model.known(groups[0].batch) if len(groups) == 1 else None
+        layer = _fold_layer(groups, packs)
         folded = trunk.last_states(input_ids, last, packs, rows, layer, stem)  # (M*B, d)
         hidden = unfold(folded, m)  # (M, B, d)
         full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
@@ -183,9 +211,10 @@ def positions_up_to(last_index: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=last_index.device) <= last_index.unsqueeze(1)
 
 
-def _fold_layer(groups: Sequence[PackedRows]) -> int | None:
-    """Return the first layer adapted by any group; None when one of them cannot be folded late."""
-    layers = [group.model.fold_layer for group in groups]
+def _fold_layer(groups: Sequence[PackedRows], packs: Sequence[SamplePack]) -> int | None:
+    """Return the layer from which any group's samples differ; None: before the decoder."""
+    pairs = zip(groups, packs, strict=True)
+    layers = [group.model.fold_layer_of(pack) for group, pack in pairs]
     found = [layer for layer in layers if layer is not None]
     return min(found) if len(found) == len(layers) else None
 

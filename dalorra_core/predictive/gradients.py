@@ -168,8 +168,9 @@ def _gradients(
         for name, probe in probes.items():
             layer = model.trunk.model.get_submodule(name)
             hooks.enter_context(layer.register_forward_hook(probe))
-        layer = None if batch.stem is None else model.fold_layer
-        states = model.trunk.states(batch.input_ids, (pack,), (len(rows),), layer, batch.stem)
+        states = model.trunk.states(
+            batch.input_ids, (pack,), (len(rows),), None, model.known(batch)
+        )
     hidden = states[rows, batch.last_index]  # (B, d)
     offset = torch.zeros(len(rows), model.num_labels, device=hidden.device, requires_grad=True)
     logits = model.head(hidden, pack, offset)  # (B, C)

@@ -73,6 +73,6 @@ def tried_tokens(trunk: Trunk, default: int) -> int:
     def run(size: int) -> None:
         ids = torch.ones(size // _ROW_TOKENS, _ROW_TOKENS, dtype=torch.int64, device=device)
         with trunk.turns:
-            trunk.states_at(ids, top)
+            trunk.stem(ids, top)
 
     return fastest_size(run, default=default)

@@ -278,7 +278,7 @@ class Predictor:
         else:
             key = (self.artifact.sha256, plan.seed)
             draw = Draw(key, plan.num_samples, design=plan.design)
-            found = self.method.predict_pack(self._state, config, draw)
+            found = self.method.predict_pack(self._state, config, draw).condensed()
         return found.to(self.device, torch.float32)
 
     @property

@@ -270,7 +270,8 @@ class _Part:
 
     def begun(self) -> Self:
         """Return the part with the states that its samples share, for several passes."""
-        return replace(self, batch=self.sheet.group.model.begun(self.batch))
+        group = self.sheet.group
+        return replace(self, batch=group.model.begun(self.batch, group.pack))
 
 
 def _run_pass(parts: Sequence[_Part], start: int, stop: int, *, label_mass: bool) -> None:

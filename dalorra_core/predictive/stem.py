@@ -45,6 +45,7 @@ class StemStates:
         return torch.cat(list(self._states))
 
 
+@torch.no_grad()
 def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates | None:
     """Return the rows' states below the first adapted layer; None where that gains nothing.
 
@@ -69,7 +70,7 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
     for places, _ in plan_chunks(lengths, 1, padded_token_limit(device)):
         batch = collate([rows[i] for i in places], num_labels=model.num_labels)
         with model.trunk.turns:
-            states = model.trunk.states_at(batch.input_ids.to(device), layer)
+            states = model.trunk.stem(batch.input_ids.to(device), layer).states
         for place, own in zip(places, states, strict=True):
             found[place] = own[: lengths[place]].clone()
     return StemStates(found)

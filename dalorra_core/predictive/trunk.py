@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,19 @@ from dalorra_core.predictive.last_layer import can_shorten, needs_every_position
 from dalorra_core.predictive.recompute import recomputed_from
 from dalorra_core.predictive.turns import Turns
 
-__all__ = ["RowStates", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
+__all__ = ["RowStates", "Stem", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
+
+
+class Stem(NamedTuple):
+    """What the layers below one have computed of some rows.
+
+    Attributes:
+        layer: Number of that layer.
+        states: (B, T, d), its inputs.
+    """
+
+    layer: int
+    states: Tensor
 
 
 class RowStates(Protocol):
@@ -77,7 +89,7 @@ class Trunk:
         packs: Sequence[SamplePack],
         rows: Sequence[int],
         fold_layer: int | None,
-        stem: Tensor | None = None,
+        stem: Stem | None = None,
     ) -> Tensor:
         """Return the hidden states of each row's last token; to be called inside ``turns``.
 
@@ -87,7 +99,7 @@ class Trunk:
             packs: At least one; all of equal M.
             rows: Rows of each pack.
             fold_layer: Layer at whose input the samples are folded in.
-            stem: States at the input of that layer.
+            stem: What is known of the rows.
 
         Returns:
             (M*B, d), row m*B + b.
@@ -128,8 +140,7 @@ class Trunk:
         """Return whether a forward can begin at the inputs of a layer.
 
         Some families do more to embeddings than hand them on. Whether a model is of that kind is
-        not known but tried when it is first asked, which is to be inside ``turns`` and while
-        nothing is bound.
+        tried when it is first asked, which is to be inside ``turns`` and while nothing is bound.
         """
         if layer not in self._begins:
             self._begins[layer] = self._can_begin_at(layer)
@@ -141,35 +152,34 @@ class Trunk:
         ids = torch.tensor([[1, 2, 3], [3, 1, 2]], device=next(self.decoder.parameters()).device)
         whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         try:
-            states = self.states_at(ids, layer)
-            with starting_at(self.decoder, layer):
-                begun = self.decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+            begun = self._run(ids, self._stopped_at(ids, layer, None), 1)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False
         return begun.shape == whole.shape and torch.allclose(
             begun.float(), whole.float(), rtol=1e-2, atol=1e-2
         )
 
-    @torch.no_grad()
-    def states_at(self, input_ids: Tensor, layer: int) -> Tensor:
-        """Return the inputs of a layer, (B, T, d); to be called inside ``turns``.
-
-        What lies above it is not run.
+    def stem(
+        self,
+        input_ids: Tensor,
+        layer: int,
+        packs: Sequence[SamplePack] = (),
+        rows: Sequence[int] = (),
+        known: Stem | None = None,
+    ) -> Stem:
+        """Return the inputs of a layer; to be called inside ``turns``. What lies above is not run.
 
         Args:
-            input_ids: (B, T), padded on the right.
-            layer: Not above the first adapted one.
+            input_ids: (B, T), the packs' rows one after the other, padded on the right.
+            layer: Its number.
+            packs: Whose samples share the layers below; none where no adapter begins there.
+            rows: Rows of each pack.
+            known: The inputs of that layer or of one below, where they are known.
         """
-        found: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
-            raise _ReachedError
-
-        layers: Any = self.decoder.layers
-        with layers[layer].register_forward_pre_hook(stop), suppress(_ReachedError):
-            self.decoder(input_ids=input_ids, use_cache=False)
-        return found[0]
+        if known is not None and known.layer == layer:
+            return known
+        with self._lent(packs, rows):
+            return self._stopped_at(input_ids, layer, known)
 
     def states(
         self,
@@ -177,7 +187,7 @@ class Trunk:
         packs: Sequence[SamplePack],
         rows: Sequence[int],
         fold_layer: int | None,
-        stem: Tensor | None = None,
+        stem: Stem | None = None,
         *,
         folded_inside: bool = False,
     ) -> Tensor:
@@ -187,33 +197,55 @@ class Trunk:
             input_ids: (B, T), the packs' rows one after the other, padded on the right.
             packs: At least one; all of equal M.
             rows: Rows of each pack, when there are several; they sum to B.
-            fold_layer: Layer at whose input the samples are folded in; None: before the decoder.
-            stem: (B, T, d) states at the input of that layer, where they are known: the layers
-                below are not run. Else those are run first, on B rows.
+            fold_layer: Layer at whose input the samples are folded in: those below are run on B
+                rows. None: before the decoder.
+            stem: The inputs of that layer or of one below, where they are known: what lies below
+                those is not run.
             folded_inside: That layer does the folding itself.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
         m = 1 if folded_inside else packs[0].num_samples
-        if stem is None and fold_layer is not None and m > 1:
-            stem = self.states_at(input_ids, fold_layer)
-        lent = self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
-        kept = self._kept(fold_layer or 0)
-        if stem is not None and fold_layer is not None:
-            with lent, starting_at(self.decoder, fold_layer), kept:
-                begun = self.decoder(inputs_embeds=fold(stem, m), use_cache=False)
-                return begun.last_hidden_state
-        with lent, kept:
-            whole = self.decoder(input_ids=fold(input_ids, m), use_cache=False)
-            states: Tensor = whole.last_hidden_state
-            return states
+        if fold_layer is not None and m > 1:
+            stem = self.stem(input_ids, fold_layer, packs, rows, stem)
+        with self._lent(packs, rows), self._kept(0 if stem is None else stem.layer):
+            return self._run(input_ids, stem, m)
+
+    def _lent(
+        self, packs: Sequence[SamplePack], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        if not packs:
+            return nullcontext()
+        return self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
 
     def _kept(self, first: int) -> AbstractContextManager[None]:
         """Return what decides which activations are kept for the backward pass."""
         if not self.recomputes:
             return nullcontext()
         return recomputed_from(self.decoder, first, self.binding)
+
+    def _run(self, input_ids: Tensor, stem: Stem | None, copies: int) -> Tensor:
+        """Return the last hidden states of rows that are repeated before the first layer run."""
+        if stem is None:
+            whole = self.decoder(input_ids=fold(input_ids, copies), use_cache=False)
+            found: Tensor = whole.last_hidden_state
+            return found
+        with starting_at(self.decoder, stem.layer):
+            embedded = fold(stem.states, copies)
+            return self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    def _stopped_at(self, input_ids: Tensor, layer: int, known: Stem | None) -> Stem:
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _ReachedError
+
+        layers: Any = self.decoder.layers
+        with layers[layer].register_forward_pre_hook(stop), suppress(_ReachedError):
+            self._run(input_ids, known, 1)
+        return Stem(layer, found[0])
 
 
 def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:

@@ -4,6 +4,7 @@ The stored adapter answers the held-out rows as a server would; nobody sees it w
 """
 
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,13 @@ from dalorra_core.training.loop import TrainingResult
 from dalorra_core.training.prepare import TrainingData, rows_digest
 from dalorra_core.training.settings import TrainConfig
 
-__all__ = ["TARGET_SELECTIVE_RISK", "default_policy", "finished", "manifest_of"]
+__all__ = [
+    "TARGET_SELECTIVE_RISK",
+    "default_policy",
+    "finished",
+    "golden_probes",
+    "manifest_of",
+]
 
 TARGET_SELECTIVE_RISK = 0.02
 """Error rate among accepted rows that the default policy is chosen for."""
@@ -149,7 +156,7 @@ def finished(
         report("  ".join(f"{name} {e.value:.4f}" for name, e in metrics.items()))
     if predictor.dtype is not torch.float32:  # probes are stored in the precision of every device
         predictor = _served(staged, config, base, "float32")
-    golden = _golden_probes(predictor, data.examples)
+    golden = golden_probes(predictor, data.examples)
     return manifest.model_copy(
         update={"policies": policies, "golden": golden, "provenance": provenance}
     )
@@ -195,7 +202,7 @@ def default_policy(
     )
 
 
-def _golden_probes(predictor: Predictor, examples: list[Example]) -> tuple[GoldenProbe, ...]:
+def golden_probes(predictor: Predictor, examples: Sequence[Example]) -> tuple[GoldenProbe, ...]:
     """Store the default predictive's answers to a few training questions, spread over the file."""
     step = max(1, len(examples) // _NUM_GOLDEN)
     probes = []

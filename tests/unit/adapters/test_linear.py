@@ -1,12 +1,14 @@
 """dalorra_core.adapters.linear: the adapted layer against loops over samples and ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dalorra_core.adapters.binding import Binding
 from dalorra_core.adapters.linear import AdaptedLinear, low_rank_delta
-from dalorra_core.adapters.pack import ModulePack, SamplePack
+from dalorra_core.adapters.pack import ModulePack, SamplePack, fold
 
 M, B, T, D_IN, D_OUT, R = 3, 2, 4, 5, 6, 2
 
@@ -139,3 +141,24 @@ def test_a_layer_adds_each_packs_part_to_its_own_rows() -> None:
             alone = layer(rows[:, own].flatten(0, 1))
         torch.testing.assert_close(found[:, own].flatten(0, 1), alone, rtol=1e-12, atol=1e-12)
     assert torch.equal(found[:, 2:3], base(rows[:, 2:3]))
+
+
+@pytest.mark.parametrize("copies", [1, M])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_module_that_samples_share_is_the_same_before_and_after_rows_are_repeated(
+    copies: int, several: bool
+) -> None:
+    base, binding = nn.Linear(D_IN, D_OUT, dtype=torch.float64), Binding()
+    layer = AdaptedLinear(base, "q", binding)
+    one = ModulePack(random(1, R, D_IN, seed=1), random(1, D_OUT, R, seed=2), random(1, R, seed=3))
+    other = ModulePack(random(1, R, D_IN, seed=5), random(1, D_OUT, R, seed=6))
+    once = random(B, T, D_IN, seed=4)
+    h = fold(once, copies)
+    packs = [SamplePack(M, 2.0, {"q": module}) for module in (one, other)[: 1 + several]]
+    with binding.bind(*packs, rows=(1, B - 1) if several else ()):
+        found = layer(h)
+    for n in range(len(h)):
+        mine = other if several and n % B > 0 else one
+        each = replace(mine, z=None if mine.z is None else mine.z.expand(M, R))
+        expected = base(h[n]) + by_loops(h[n].expand(M, T, D_IN), each, 2.0)[0]
+        torch.testing.assert_close(found[n], expected)

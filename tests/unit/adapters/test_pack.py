@@ -65,7 +65,7 @@ def test_a_pack_moves_whole() -> None:
         (
             2,
             ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1), torch.ones(3, 1)),
-            "module a: z holds 3 samples, the pack holds 2",
+            "module a: z holds 3 samples; allowed are 1 and 2",
         ),
         (
             2,
@@ -99,10 +99,10 @@ def test_several_packs_are_lent_each_for_its_own_rows() -> None:
     other = SamplePack(2, 3.0, {"b": first.modules["a"]})
     with binding.bind(first, other, last, rows=(3, 1, 2)):
         assert binding.lookup("a") == (
-            (first.modules["a"], 2, 2.0, slice(0, 3)),
-            (last.modules["a"], 2, 2.0, slice(4, 6)),
+            (first.modules["a"], 2, 2.0, (slice(0, 3), 6)),
+            (last.modules["a"], 2, 2.0, (slice(4, 6), 6)),
         )
-        assert binding.lookup("b") == ((first.modules["a"], 2, 3.0, slice(3, 4)),)
+        assert binding.lookup("b") == ((first.modules["a"], 2, 3.0, (slice(3, 4), 6)),)
     assert binding.lookup("a") == ()
 
 
@@ -129,3 +129,47 @@ def test_a_failing_forward_gives_the_pack_back() -> None:
     with pytest.raises(ZeroDivisionError), binding.bind(pack_of(2)):
         _ = 1 / 0
     assert binding.lookup("a") == ()
+
+
+class _Halved:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+    def narrow(self, _start: int, _stop: int) -> "_Halved":
+        return self
+
+    def to(self, _device: torch.device, _dtype: torch.dtype) -> "_Halved":
+        return self
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+
+def test_gates_that_all_samples_have_are_kept_once() -> None:
+    factors = torch.ones(1, 1, 2), torch.ones(1, 2, 1)
+    same, other = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+    each_row = torch.ones(3, 2, 1)
+    modules = {
+        "same": ModulePack(*factors, same),
+        "other": ModulePack(*factors, other),
+        "rows": ModulePack(*factors, each_row),
+        "none": ModulePack(*factors),
+        "own": ModulePack(torch.ones(3, 1, 2), factors[1], same),
+        "changed": ModulePack(*factors, same, before=_Halved()),
+    }
+    found = SamplePack(3, 2.0, modules).condensed()
+    gates = {name: m.z for name, m in found.modules.items()}
+    kept = {name: None if z is None else len(z) for name, z in gates.items()}
+    assert kept == {"same": 1, "other": 3, "rows": 3, "none": None, "own": 1, "changed": 1}
+    assert {name for name, m in found.modules.items() if m.shared} == {"same", "none"}
+    part = found.narrow(1, 3).modules["same"].z
+    assert part is not None
+    assert torch.equal(part, same[:1])
+
+
+def test_a_shared_module_is_lent_as_one_function() -> None:
+    binding, pack = Binding(), pack_of(2)
+    shared = ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1), torch.ones(1, 1))
+    with binding.bind(SamplePack(2, 2.0, pack.modules | {"b": shared})):
+        assert [loan.num_samples for loan in binding.lookup("b")] == [1]
+        assert [loan.num_samples for loan in binding.lookup("a")] == [2]

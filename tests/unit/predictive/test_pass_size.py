@@ -9,7 +9,7 @@ from torch import Tensor
 from dalorra_core.predictive import shared_base
 from dalorra_core.predictive.pass_size import fastest_size, tried_tokens
 from dalorra_core.predictive.shared_base import SharedBase, identify
-from dalorra_core.predictive.trunk import Trunk
+from dalorra_core.predictive.trunk import Stem, Trunk
 from tests.support.tiny_models import save_tiny_base, tiny_model
 
 
@@ -80,13 +80,13 @@ def test_the_better_of_two_runs_counts() -> None:
 
 def test_a_model_is_tried_with_passes_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, ran = Trunk(tiny_model()), []
-    whole = Trunk.states_at
+    whole = Trunk.stem
 
-    def noted(self: Trunk, input_ids: Tensor, layer: int) -> Tensor:
+    def noted(self: Trunk, input_ids: Tensor, layer: int) -> Stem:
         ran.append((input_ids.numel(), layer))
         return whole(self, input_ids, layer)
 
-    monkeypatch.setattr(Trunk, "states_at", noted)
+    monkeypatch.setattr(Trunk, "stem", noted)
     assert tried_tokens(trunk, 512) in (256, 512, 1024, 2048)
     assert ran[0] == (256, 1)  # of two layers, the last one is not run
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.predictive.scoring import (
     RowsToScore,
     padded_token_limit,
@@ -75,6 +76,13 @@ def group_of(tiny: TinyAdapter, lengths: Sequence[int] = LENGTHS, samples: int =
     return RowsToScore(tiny.model, gated_pack(tiny.state, z), random_rows(lengths))
 
 
+def four_layers(family: str) -> dict[str, Any]:
+    layers: dict[str, Any] = {"num_hidden_layers": 4}
+    if family == "gemma3":  # windows of 4, above the first adapted layer too
+        layers["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    return layers
+
+
 @contextmanager
 def layer_runs(tiny: TinyAdapter) -> Iterator[Counter[int]]:
     """Count how often each decoder layer runs; the last one's parts are called, not itself."""
@@ -92,10 +100,7 @@ def layer_runs(tiny: TinyAdapter) -> Iterator[Counter[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_several_passes_give_what_one_gives(family: str, first: int) -> None:
-    layers: dict[str, Any] = {"num_hidden_layers": 4}
-    if family == "gemma3":  # windows of 4, above the first adapted layer too
-        layers["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    tiny = tiny_adapter(family, layers=(first, 3), **layers)
+    tiny = tiny_adapter(family, layers=(first, 3), **four_layers(family))
     assert tiny.model.fold_layer == first
     group = group_of(tiny)
     (whole,) = score_together([group], max_padded_tokens=10_000, label_mass=True)
@@ -158,3 +163,84 @@ def test_rows_given_up_between_passes_cost_no_further_one() -> None:
     assert (len(ran), asked) == (2, [0, 0, 0])
     assert found.answered_rows == []
     assert found.log_probs.isnan().all()
+
+
+# --- layers that all samples share ------------------------------------------------------------
+
+
+def shared_below(tiny: TinyAdapter, layer: int | None, samples: int = 5) -> SamplePack:
+    """Return samples whose gates below a layer are those of the first; None: below the head."""
+    shape = (samples, len(tiny.state.specs), tiny.state.r)
+    z = (torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+    for place, spec in enumerate(tiny.state.specs):
+        if spec.layer is not None and (layer is None or spec.layer < layer):
+            z[:, place] = z[:1, place]
+    return gated_pack(tiny.state, z)
+
+
+@contextmanager
+def rows_of_layers(tiny: TinyAdapter) -> Iterator[dict[int, list[int]]]:
+    """Note how many rows each decoder layer but the last gets, run by run."""
+    seen: dict[int, list[int]] = {}
+    layers = list(tiny.model.decoder.get_submodule("layers").children())
+
+    def note(number: int, rows: int) -> None:
+        seen.setdefault(number, []).append(rows)
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, __, n=number: note(n, len(args[0])))
+        for number, layer in enumerate(layers[:-1])
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [None, 1, 2, 3])
+@pytest.mark.parametrize("adapted", [(0, 3), (1, 3)])
+def test_layers_that_all_samples_share_see_each_row_once(
+    family: str, first: int | None, adapted: tuple[int, int]
+) -> None:
+    tiny = tiny_adapter(family, layers=adapted, **four_layers(family))
+    rows, pack = random_rows(LENGTHS), shared_below(tiny, first)
+    begins = max(first if first is not None else 3, adapted[0])
+    (whole,) = score_together([RowsToScore(tiny.model, pack, rows)], max_padded_tokens=10_000)
+    group = RowsToScore(tiny.model, pack.condensed(), rows)
+    score_together([group], max_padded_tokens=10_000)  # tries once whether it can begin there
+    for limit in (10_000, 24, 1):
+        with rows_of_layers(tiny) as seen:
+            (found,) = score_together([group], max_padded_tokens=limit)
+        assert_near(found.log_probs, whole.log_probs)
+        for number in range(3):
+            times = 5 if number >= begins else 1
+            assert sum(seen[number]) == times * len(rows)
+
+
+def test_states_that_came_with_the_rows_go_on_through_shared_layers() -> None:
+    tiny = tiny_adapter(layers=(1, 3), num_hidden_layers=4)
+    rows, pack = random_rows(LENGTHS), shared_below(tiny, 2)
+    (whole,) = score_together([RowsToScore(tiny.model, pack, rows)], max_padded_tokens=10_000)
+    stems = stem_states(tiny.model, rows)
+    known = RowsToScore(tiny.model, pack.condensed(), rows, stems)
+    score_together([known], max_padded_tokens=10_000)  # tries once whether it can begin there
+    for limit in (10_000, 1):
+        with rows_of_layers(tiny) as seen:
+            (found,) = score_together([known], max_padded_tokens=limit)
+        assert_near(found.log_probs, whole.log_probs)
+        assert (0 in seen, sum(seen[1]), sum(seen[2])) == (False, len(rows), 5 * len(rows))
+
+
+@pytest.mark.parametrize("limit", [10_000, 30])
+def test_adapters_that_share_different_layers_answer_together(limit: int) -> None:
+    first = tiny_adapter(layers=(1, 3), num_hidden_layers=4)
+    second = tiny_adapter(layers=(0, 3), num_labels=3, seed=5, beside=first)
+    alone, together = [], []
+    for tiny, below, lengths in ((first, 3, (7, 3)), (second, 2, (4, 6, 7))):
+        rows = random_rows(lengths, num_labels=len(tiny.label_set.labels))
+        pack = shared_below(tiny, below)
+        alone += score_together([RowsToScore(tiny.model, pack, rows)], max_padded_tokens=10_000)
+        together.append(RowsToScore(tiny.model, pack.condensed(), rows))
+    found = score_together(together, max_padded_tokens=limit)
+    for one, expected in zip(found, alone, strict=True):
+        assert_near(one.log_probs, expected.log_probs)

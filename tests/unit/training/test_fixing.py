@@ -1,0 +1,104 @@
+"""dalorra_core.training.fixing: lower gates become columns of B, and samples share those layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalorra_core.adapters.plain_lora import plain_loras
+from dalorra_core.artifact.store import load_artifact
+from dalorra_core.data.examples import TextExample
+from dalorra_core.errors import ConfigError
+from dalorra_core.methods.dalorra import METHOD, PHI, DalorraConfig
+from dalorra_core.methods.method import Draw
+from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.training.fixing import fix_gates, gates_fixed_below
+from tests.support.tiny_artifacts import TEXTS, save_tiny_adapter
+from tests.support.tiny_models import (
+    batch_of,
+    merged_label_logits,
+    random_rows,
+    save_tiny_base,
+    tiny_adapter,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def test_fixed_gates_stand_at_their_means_and_the_others_are_drawn_as_before() -> None:
+    tiny = tiny_adapter(num_hidden_layers=3)
+    fixed, config = gates_fixed_below(tiny.state, 2), DalorraConfig()
+    draw = Draw(("fixing",), 4)
+    before = METHOD.predict_pack(tiny.state, config, draw)
+    after = METHOD.predict_pack(fixed, config, draw)
+    loras = list(plain_loras(after.condensed()))
+    (row,) = random_rows((6,))
+    for m, lora in enumerate(loras):
+        gates = {}
+        for place, spec in enumerate(tiny.state.specs):
+            drawn = before.modules[spec.name].z
+            assert drawn is not None
+            low = spec.layer is not None and spec.layer < 2
+            gates[spec.name] = tiny.state.params[PHI][place].sigmoid() if low else drawn[m]
+            up = tiny.state.params[f"{spec.name}.lora_B"] * gates[spec.name]
+            torch.testing.assert_close(lora.modules[spec.name].up, up)
+        expected = merged_label_logits(tiny, row.token_ids, gates)
+        found = tiny.model(batch_of([row]), after.narrow(m, m + 1)).logits[0, 0]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_written_whole(base: Path, tmp_path: Path) -> None:
+    source = save_tiny_adapter(tmp_path / "topics", base, r=2)
+    found = fix_gates(source, tmp_path / "fast", below_layer=1, name="fast", base=str(base))
+    artifact = load_artifact(found)
+    assert artifact.manifest.name == "fast"
+    assert artifact.manifest.policies == ()
+    assert artifact.manifest.provenance["gates_fixed"] == {
+        "below_layer": 1,
+        "from": "topics",
+        "sha256": load_artifact(source).sha256,
+    }
+    old = Predictor.load(source, base=str(base))
+    new = Predictor.load(found, base=str(base))  # which checks its golden probes
+    assert len(artifact.manifest.golden) == 2
+    rows = [old.encode(TextExample(text, text, None)) for text in TEXTS]
+    mean = SamplingPlan(estimator="mean_mask")
+    # B diag(p) is stored in bfloat16
+    difference = old.predict(rows, mean).log_probs - new.predict(rows, mean).log_probs
+    assert difference.abs().max() < 0.05
+    assert new.mask_set(new.default_plan) != old.mask_set(old.default_plan)
+    pack = new.pack(new.default_plan)
+    shared = {name for name, module in pack.modules.items() if module.shared}
+    assert shared == {m.name for m in artifact.manifest.modules if m.layer == 0}
+
+
+@pytest.mark.parametrize(
+    ("layers", "below", "method", "said"),
+    [
+        ((0, 1), 0, "dalorra", "here 1 to 1; got 0"),
+        ((0, 1), 2, "dalorra", "here 1 to 1; got 2"),
+        ((1, 1), 1, "dalorra", "here none; got 1"),
+        ((0, 1), 1, "mle", "method must be one of dalorra, frozen_gates to fix its gates, got mle"),
+    ],
+)
+def test_what_has_nothing_to_fix_is_refused(
+    base: Path, tmp_path: Path, layers: tuple[int, int], below: int, method: str, said: str
+) -> None:
+    source = save_tiny_adapter(tmp_path / "topics", base, layers=layers, method=method)
+    with pytest.raises(ConfigError, match=said):
+        fix_gates(source, tmp_path / "fast", below_layer=below, base=str(base))
+    assert not (tmp_path / "fast").exists()
+
+
+def test_an_existing_output_is_kept_unless_told(base: Path, tmp_path: Path) -> None:
+    source = save_tiny_adapter(tmp_path / "topics", base, r=2)
+    output = fix_gates(source, tmp_path / "fast", below_layer=1, base=str(base))
+    kept = (output / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="already exists; pass --overwrite"):
+        fix_gates(source, output, below_layer=1, base=str(base))
+    assert (output / "manifest.json").read_bytes() == kept
+    fix_gates(source, output, below_layer=1, name="again", base=str(base), overwrite=True)
+    assert load_artifact(output).manifest.name == "again"
