@@ -26,6 +26,7 @@ __all__ = [
     "excess_bound",
     "reference_answers",
     "squared_errors",
+    "squared_errors_of",
     "squared_mean_errors",
 ]
 
@@ -159,8 +160,24 @@ def squared_errors(
     """
     means = torch.stack([log_mean_probs(pack).exp() for pack in log_probs])  # (R, B, C)
     found = torch.stack([mutual_information(pack) for pack in log_probs])  # (R, B)
-    information = (found - reference.information).square() - reference.information_variance
-    return SquaredErrors(squared_mean_errors(reference, means), information)
+    return squared_errors_of(reference, means, found)
+
+
+def squared_errors_of(
+    reference: ReferenceAnswers, means: Float[Tensor, "R B C"], information: Float[Tensor, "R B"]
+) -> SquaredErrors:
+    """Return the squared errors of R estimates of any kind.
+
+    Args:
+        reference: Drawn independently of them.
+        means: Mean probabilities, shape (R, B, C).
+        information: Mutual information in nats, shape (R, B).
+
+    Source:
+        docs/method.md, eq. (J7).
+    """
+    squares = (information - reference.information).square() - reference.information_variance
+    return SquaredErrors(squared_mean_errors(reference, means), squares)
 
 
 def errors_within(

@@ -21,7 +21,14 @@ from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.label_head import LabelHead
 from dalorra_core.predictive.trunk import Stem, Trunk, first_adapted_layer
 
-__all__ = ["LabelLogits", "LabelModel", "PackedRows", "forward_together", "positions_up_to"]
+__all__ = [
+    "LabelLogits",
+    "LabelModel",
+    "PackedRows",
+    "forward_together",
+    "last_hidden",
+    "positions_up_to",
+]
 
 
 @dataclass(frozen=True)
@@ -184,20 +191,37 @@ def forward_together(
     trunk, m = groups[0].model.trunk, groups[0].pack.num_samples
     if any(group.model.trunk is not trunk for group in groups):
         raise ConfigError("rows of one forward must be of adapters on one base model in memory")
-    rows = [len(group.batch.last_index) for group in groups]
-    input_ids = _joined([group.batch.input_ids for group in groups])  # (B, T)
-    last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
     with trunk.turns:
-        packs = [group.model.settled(group.pack, group.batch) for group in groups]
-        stem = groups[0].model.known(groups[0].batch) if len(groups) == 1 else None
-        layer = _fold_layer(groups, packs)
-        folded = trunk.last_states(input_ids, last, packs, rows, layer, stem)  # (M*B, d)
-        hidden = unfold(folded, m)  # (M, B, d)
+        hidden, packs = last_hidden(groups)
+        folded = hidden.flatten(0, 1)  # (M*B, d)
         full = unfold(groups[0].model.head.vocabulary(folded), m) if label_mass else None
         return tuple(
             _answers(group.model.head, pack, hidden[:, own], None if full is None else full[:, own])
-            for group, pack, own in zip(groups, packs, _runs(rows), strict=True)
+            for group, pack, own in zip(groups, packs, _runs(_counts(groups)), strict=True)
         )
+
+
+def last_hidden(groups: Sequence[PackedRows]) -> tuple[Tensor, list[SamplePack]]:
+    """Return the last hidden states and the packs for these rows; to be called inside ``turns``.
+
+    Args:
+        groups: At least one; all on one trunk, with equal M.
+
+    Returns:
+        (M, B, d), the groups' rows one after the other; the pack of each group, settled.
+    """
+    m, rows = groups[0].pack.num_samples, _counts(groups)
+    input_ids = _joined([group.batch.input_ids for group in groups])  # (B, T)
+    last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
+    packs = [group.model.settled(group.pack, group.batch) for group in groups]
+    stem = groups[0].model.known(groups[0].batch) if len(groups) == 1 else None
+    layer = _fold_layer(groups, packs)
+    trunk = groups[0].model.trunk
+    return unfold(trunk.last_states(input_ids, last, packs, rows, layer, stem), m), packs
+
+
+def _counts(groups: Sequence[PackedRows]) -> list[int]:
+    return [len(group.batch.last_index) for group in groups]
 
 
 def _answers(head: LabelHead, pack: SamplePack, hidden: Tensor, full: Tensor | None) -> LabelLogits:

@@ -1,18 +1,20 @@
 """Keep probabilities of the gates for given rows: how they react to an input, familiar or not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dalorra_core.adapters.pack import ModulePack, SamplePack
+from dalorra_core.config import MethodSettings
 from dalorra_core.data.collate import EncodedExample, collate
 from dalorra_core.errors import ConfigError
+from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.scoring import plan_chunks
 
-__all__ = ["gate_entropy", "gate_probs"]
+__all__ = ["gate_entropy", "gate_probs", "independent_gates"]
 
 
 @runtime_checkable
@@ -72,3 +74,24 @@ def gate_entropy(keep_probs: Tensor) -> Tensor:
     p = keep_probs.double()
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     return entropy.mean((1, 2))
+
+
+def independent_gates(config: MethodSettings, mean_pack: SamplePack) -> Mapping[str, Tensor]:
+    """Return the keep probabilities of gates that are independent of each other, by module, (r,).
+
+    Estimators that use the posterior's formula instead of its samples need these: hard gates, each
+    on with its own probability whatever the others and the question are.
+
+    Args:
+        config: The method's settings.
+        mean_pack: Its ``mean_pack``.
+
+    Raises:
+        ConfigError: The method's posterior is another one.
+    """
+    if not isinstance(config, DalorraConfig) or config.test_masks != "hard":
+        raise ConfigError(
+            "this estimator needs the independent hard gates of method dalorra with test_masks "
+            f"hard, got method {config.name}"
+        )
+    return {name: m.z[0] for name, m in mean_pack.modules.items() if m.z is not None}

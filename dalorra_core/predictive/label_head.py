@@ -6,6 +6,7 @@ projection at one position. The full-vocabulary product over the last position a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,29 @@ class LabelHead(nn.Module):
             if pack is not None and LM_HEAD in pack.modules:
                 module = pack.modules[LM_HEAD]
                 logits = logits + low_rank_delta(h, module, pack.num_samples, pack.scaling)
-        return self._cap(logits if offset is None else logits + offset)
+        return self.cap(logits if offset is None else logits + offset)
+
+    def gate_parts(self, hidden: Tensor, pack: SamplePack) -> tuple[Tensor, Tensor]:
+        """Return what the logits are made of, before any cap: their sum is linear in the gates.
+
+        Args:
+            hidden: Last hidden states (M*B, d), row m*B + b, any float dtype.
+            pack: M samples whose ``lm_head`` module has gates; their values do not matter.
+
+        Returns:
+            The logits with every gate off (M*B, C), and what each gate adds to them (M*B, r, C),
+            float32.
+        """
+        module, m = pack.modules[LM_HEAD], pack.num_samples
+        rank = module.lora_A.shape[1]
+        h = hidden.float()
+        with torch.autocast(h.device.type, enabled=False):
+            off = nn.functional.linear(h, self.weight, self.bias)  # (M*B, C)
+            alone = torch.eye(rank, device=h.device).unsqueeze(1).expand(-1, m, -1)  # (r, M, r)
+            parts = [
+                low_rank_delta(h, replace(module, z=z), m, pack.scaling) for z in alone
+            ]  # (M*B, C) each
+        return off, torch.stack(parts, dim=1)
 
     def vocabulary(self, hidden: Tensor) -> Tensor:
         """Return the logits of the frozen output projection, the same for every adapter.
@@ -73,7 +96,7 @@ class LabelHead(nn.Module):
             (N, V), float32, fresh.
         """
         head = self._vocabulary[0]
-        return self._cap(head(hidden.to(head.weight.dtype)).float())
+        return self.cap(head(hidden.to(head.weight.dtype)).float())
 
     def label_mass(self, full: Tensor, label_logits: Tensor) -> Tensor:
         """Return the probability of the label tokens under the full vocabulary.
@@ -88,7 +111,8 @@ class LabelHead(nn.Module):
         full[..., self.token_ids] = label_logits  # the adapted rows in place of the frozen ones
         return (label_logits.logsumexp(-1) - full.logsumexp(-1)).exp()
 
-    def _cap(self, logits: Tensor) -> Tensor:
+    def cap(self, logits: Tensor) -> Tensor:
+        """Return logits as the model caps them; the very same where it does not."""
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def check_adapter(self, specs: Sequence[TargetSpec]) -> None:
