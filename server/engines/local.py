@@ -74,7 +74,7 @@ class LocalEngine:
         self._adapters = tuple(adapters)
         self._base_name = base
         self._device, self._dtype, self._pass_memory_mb = device, dtype, pass_memory_mb
-        self._pass_tokens = pass_tokens
+        self._pass_tokens: int | Literal["auto"] | None = pass_tokens
         self._deterministic = deterministic
         self._trusted_keys = trusted_keys
         self._is_open = False

@@ -135,10 +135,10 @@ class _Halved:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return x / 2
 
-    def narrow(self, _start: int, _stop: int) -> "_Halved":
+    def narrow(self, start: int, stop: int) -> "_Halved":  # noqa: ARG002  the protocol's names
         return self
 
-    def to(self, _device: torch.device, _dtype: torch.dtype) -> "_Halved":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "_Halved":  # noqa: ARG002
         return self
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -170,6 +170,6 @@ def test_gates_that_all_samples_have_are_kept_once() -> None:
 def test_a_shared_module_is_lent_as_one_function() -> None:
     binding, pack = Binding(), pack_of(2)
     shared = ModulePack(torch.ones(1, 1, 2), torch.ones(1, 2, 1), torch.ones(1, 1))
-    with binding.bind(SamplePack(2, 2.0, pack.modules | {"b": shared})):
+    with binding.bind(SamplePack(2, 2.0, {**pack.modules, "b": shared})):
         assert [loan.num_samples for loan in binding.lookup("b")] == [1]
         assert [loan.num_samples for loan in binding.lookup("a")] == [2]

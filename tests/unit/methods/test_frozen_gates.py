@@ -11,6 +11,7 @@ from dalorra_core.methods import METHODS
 from dalorra_core.methods.dalorra import PHI, DalorraConfig
 from dalorra_core.methods.frozen_gates import FrozenGatesConfig
 from dalorra_core.methods.method import Draw
+from dalorra_core.training.processes import Processes
 from dalorra_core.training.step import TrainStep
 from dalorra_core.training.updates import Updater
 from tests.support.tiny_models import batch_of, point_of, random_rows, tiny_adapter
@@ -59,11 +60,11 @@ def test_only_learned_gates_move(name: str) -> None:
     )
     start = {key: value.detach().clone() for key, value in step.params.items()}
     accelerator = Accelerator(cpu=True)
-    updater = Updater(step, optim, accelerator)
-    wrapped = updater.prepare(0)
+    updater = Updater(step, optim, accelerator, Processes(0, 1))
+    updater.prepare(0)
     for number in range(5):
-        with accelerator.accumulate(wrapped):
-            updater.apply(wrapped(batch_of(random_rows((5, 3))), number), number)
+        with accelerator.accumulate(step):
+            updater.apply(step(batch_of(random_rows((5, 3))), number), number)
     moved = {key for key, value in step.params.items() if not torch.equal(value, start[key])}
     assert moved == set(start) - ({PHI} if name == "frozen_gates" else set())
 
