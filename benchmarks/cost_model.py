@@ -44,7 +44,8 @@ class Shape:
         labels: C.
         rank: r.
         adapted: Name, d_in and d_out of the adapted modules of one layer.
-        first_adapted: Layer from which samples differ; below it they share their states.
+        first_sampled: Layer from which samples differ; below it they share their states.
+        adapted_below: Adapted layers below that one, whose modules are the same in all samples.
     """
 
     layers: int
@@ -57,7 +58,8 @@ class Shape:
     labels: int = 5
     rank: int = 8
     adapted: tuple[tuple[str, int, int], ...] = ()
-    first_adapted: int = 0
+    first_sampled: int = 0
+    adapted_below: int = 0
 
     @classmethod
     def of(cls, predictor: Predictor) -> Self:
@@ -65,7 +67,10 @@ class Shape:
         config: Any = predictor.model.trunk.model.config
         layers: Any = predictor.model.decoder.layers
         modules = [m for m in predictor.manifest.modules if m.layer is not None]
-        first = min(m.layer for m in modules if m.layer is not None)
+        adapted = min(m.layer for m in modules if m.layer is not None)
+        pack = predictor.pack(predictor.default_plan)
+        with predictor.model.trunk.turns:
+            sampled = predictor.model.fold_layer_of(pack) or 0
         return cls(
             config.num_hidden_layers,
             config.hidden_size,
@@ -77,9 +82,10 @@ class Shape:
             len(predictor.labels),
             predictor.manifest.r,
             tuple(
-                (m.name.rpartition(".")[2], m.d_in, m.d_out) for m in modules if m.layer == first
+                (m.name.rpartition(".")[2], m.d_in, m.d_out) for m in modules if m.layer == adapted
             ),
-            first,
+            sampled,
+            sampled - adapted,
         )
 
     @property
@@ -130,8 +136,8 @@ def pass_work(
 ) -> Work:
     """Return the work of M samples of rows of T tokens in one pass.
 
-    The layers below the first adapted one see each row once; the last layer computes its keys and
-    values for all tokens, the rest of it and the head at the last one only.
+    The layers below the first one where samples differ see each row once; the last layer computes
+    its keys and values for all tokens, the rest of it and the head at the last one only.
 
     Args:
         shape: Of model and adapter.
@@ -139,11 +145,11 @@ def pass_work(
         length: T.
         samples: M; 1 for a deterministic pass.
         label_mass: Also the logits of the whole vocabulary.
-        begun: The states below the first adapted layer are known: ``stem_work`` was done.
+        begun: The states that samples share are known: ``stem_work`` was done.
     """
     shared, folded, last = rows * length, samples * rows * length, samples * rows
-    below = 0 if begun else shape.first_adapted
-    above = shape.layers - 1 - shape.first_adapted
+    below, adapted_below = (0, 0) if begun else (shape.first_sampled, shape.adapted_below)
+    above = shape.layers - 1 - shape.first_sampled
     # where samples first differ in the last layer, what its inputs alone decide is computed once
     kv_tokens, query_tokens = (folded, last) if above else (shared, rows)
     q_products = shape.width * shape.heads * shape.head_width
@@ -156,7 +162,7 @@ def pass_work(
     attention = 4 * length * shape.heads * shape.head_width * queries
     products = (
         2 * shape.layer_weights * (below * shared + above * folded)
-        + adapter * above * folded
+        + adapter * (adapted_below * shared + above * folded)
         + 2 * kv_products * kv_tokens
         + kv_adapters * folded
         + 2 * q_products * query_tokens
@@ -172,17 +178,18 @@ def pass_work(
 
 
 def stem_work(shape: Shape, rows: int, length: int) -> Work:
-    """Return the work of the layers below the first adapted one by themselves.
+    """Return the work of the layers that all samples share by themselves.
 
     Args:
         shape: Of model and adapter.
         rows: B.
         length: T.
     """
-    tokens, layers = rows * length, shape.first_adapted
+    tokens, layers = rows * length, shape.first_sampled
     attention = 4 * length * shape.heads * shape.head_width * layers * tokens
     weights = layers * shape.layer_weights
-    return Work(2 * weights * tokens + attention, attention, weights, tokens)
+    adapters = sum(2 * shape.rank * (a + b) for _, a, b in shape.adapted) * shape.adapted_below
+    return Work((2 * weights + adapters) * tokens + attention, attention, weights, tokens)
 
 
 def bound_s(work: Work, flops_per_s: float, bytes_per_s: float, bytes_per_weight: int) -> float:
@@ -277,14 +284,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def works_of(shape: Shape, lengths: Sequence[int], samples: int, limit: int) -> list[Work]:
     """Return the work of every pass that rows are cut into.
 
-    Where the samples of one chunk go in several, the layers below the first adapted one are a pass
-    of their own.
+    Where the samples of one chunk go in several, the layers that they share are a pass of their
+    own.
     """
     works: list[Work] = []
     for rows, step in plan_chunks(lengths, samples, limit):
         longest = max(lengths[i] for i in rows)
         several = step < samples
-        if several and shape.first_adapted:
+        if several and shape.first_sampled:
             works.append(stem_work(shape, len(rows), longest))
         works += [
             pass_work(shape, len(rows), longest, min(step, samples - start), begun=several)

@@ -103,7 +103,7 @@ def adapter_bytes(shape: Shape, own_per_sample: int) -> int:
         shape: Of model and adapter.
         own_per_sample: Bytes of one sample's own tensors.
     """
-    adapted = shape.layers - shape.first_adapted
+    adapted = shape.layers - shape.first_sampled
     factors = 4 * shape.rank * sum(a + b for _, a, b in shape.adapted) * adapted
     kept = max(10 * own_per_sample, min(SAMPLES_KEPT * own_per_sample, BYTES_KEPT))
     return factors + 2 * shape.labels * shape.width + kept
@@ -114,7 +114,7 @@ def adapters(model: str, gpu: str) -> dict[str, Any]:
     shape, memory = MODELS[model], GPUS[gpu][2]
     count = gpus_for(shape, memory)
     room = FILLED * count * memory - weight_bytes(shape)
-    adapted = shape.layers - shape.first_adapted
+    adapted = shape.layers - shape.first_sampled
     gates = 4 * shape.rank * len(shape.adapted) * adapted
     noise = 4 * shape.rank * sum(a for _, a, _ in shape.adapted) * adapted  # as large as A
     sizes = {"gates": adapter_bytes(shape, gates), "noise": adapter_bytes(shape, noise)}

@@ -32,7 +32,7 @@ def vllm_work(
     again = length - BLOCK_TOKENS * ((length - 1) // BLOCK_TOKENS) if label_mass else 0
     tokens = prompts * (length + again)
     adapter = sum(2 * shape.rank * (a + b) for _, a, b in shape.adapted)
-    adapted = shape.layers - shape.first_adapted
+    adapted = shape.layers - shape.first_sampled
     attention = 4 * length * shape.heads * shape.head_width * tokens * shape.layers
     head = shape.width * shape.vocabulary
     flops = (
@@ -60,4 +60,4 @@ def shared_layers_ratio(layers: int, below: int, samples: int) -> float:
 
 def late(shape: Shape, below: int) -> Shape:
     """Return the same model with an adapter on the layers from ``below`` on only."""
-    return replace(shape, first_adapted=below)
+    return replace(shape, first_sampled=below)

@@ -20,6 +20,7 @@ from benchmarks.cost_model import (
 from dalorra_core.data.collate import collate
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import RowsToScore, score_together
+from dalorra_core.training.fixing import fix_gates
 from tests.support.tiny_artifacts import save_tiny_adapter
 from tests.support.tiny_models import save_tiny_base, tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
@@ -27,20 +28,22 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def three_layers(directory: Path, first: int) -> Predictor:
+def three_layers(directory: Path, first: int, sampled: int = 0) -> Predictor:
     base = directory / "base"
     tiny_model(num_hidden_layers=3).save_pretrained(base)
     tiny_tokenizer(adds_start=True).save_pretrained(base)
     adapter = save_tiny_adapter(directory / "a", base, targets=TARGETS, layers=(first, 2))
+    if sampled > first:
+        adapter = fix_gates(adapter, directory / "b", below_layer=sampled, base=str(base))
     return Predictor.load(adapter, base=str(base), device="cpu")
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize(("first", "sampled"), [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize(("rows", "length", "samples"), [(1, 9, 1), (3, 7, 1), (2, 11, 5)])
 def test_the_arithmetic_of_a_pass_is_what_torch_counts(
-    tmp_path: Path, first: int, rows: int, length: int, samples: int
+    tmp_path: Path, first: int, sampled: int, rows: int, length: int, samples: int
 ) -> None:
-    predictor = three_layers(tmp_path, first)
+    predictor = three_layers(tmp_path, first, sampled)
     shape = Shape.of(predictor)
     batch = collate(random_rows(rows, length, shape.vocabulary), num_labels=4)
     pack = predictor.pack(SamplingPlan(samples))
@@ -49,16 +52,16 @@ def test_the_arithmetic_of_a_pass_is_what_torch_counts(
         predictor.model(batch, pack)
     work = pass_work(shape, rows, length, samples)
     assert work.flops - work.attention == counter.get_total_flops()  # attention is not counted
-    queries = rows * length * (first + (2 - first) * samples) + samples * rows
+    queries = rows * length * (sampled + (2 - sampled) * samples) + samples * rows
     assert work.attention == 4 * length * 32 * queries  # q·k and the sum of v, at a width of 32
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize(("first", "sampled"), [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("limit", [1, 14, 30, 1000])
 def test_the_arithmetic_of_several_passes_is_what_torch_counts(
-    tmp_path: Path, first: int, limit: int
+    tmp_path: Path, first: int, sampled: int, limit: int
 ) -> None:
-    predictor = three_layers(tmp_path, first)
+    predictor = three_layers(tmp_path, first, sampled)
     shape, samples = Shape.of(predictor), 5
     rows = [row for length in (4, 7) for row in random_rows(2, length, shape.vocabulary)]
     group = RowsToScore(predictor.model, predictor.pack(SamplingPlan(samples)), rows)
