@@ -4,7 +4,7 @@ Training meets every row many times. Where its states at the first adapted layer
 they are computed once, and every step begins at that layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,11 @@ class StemStates:
 
 
 @torch.no_grad()
-def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates | None:
+def stem_states(
+    model: LabelModel,
+    rows: Sequence[EncodedExample],
+    on_progress: Callable[[int], None] | None = None,
+) -> StemStates | None:
     """Return the rows' states below the first adapted layer; None where that gains nothing.
 
     It gains nothing when the first layer is adapted, when the model cannot be begun in its middle,
@@ -56,6 +60,7 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
     Args:
         model: The adapted model.
         rows: Encoded rows.
+        on_progress: Called with the number of rows finished since the last call.
     """
     layer = model.fold_layer
     if layer is None or not rows:
@@ -73,6 +78,8 @@ def stem_states(model: LabelModel, rows: Sequence[EncodedExample]) -> StemStates
             states = model.trunk.stem(batch.input_ids.to(device), layer).states
         for place, own in zip(places, states, strict=True):
             found[place] = own[: lengths[place]].clone()
+        if on_progress is not None:
+            on_progress(len(places))
     return StemStates(found)
 
 

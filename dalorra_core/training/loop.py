@@ -246,7 +246,8 @@ class _Run:
             visits > len(self.data.train) * self.processes.count
         ):  # fewer would not pay for the pass that finds them
             model, rows = self.module.label_model, self.data.train
-            self.stems = kept_stem_states(model, rows) or stem_states(model, rows)
+            counted = progress.preparing("rows through the layers below the adapter", len(rows))
+            self.stems = kept_stem_states(model, rows) or stem_states(model, rows, counted)
         for step in range(done, self.last):
             tokens, logged = 0, None
             for number in range(optim.gradient_accumulation):

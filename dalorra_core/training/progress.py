@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -57,6 +57,29 @@ class Progress:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+    def preparing(self, what: str, total: int) -> Callable[[int], None]:
+        """Return what counts work before the first step, whose speed does not include it.
+
+        Args:
+            what: Its name, such as ``rows through the frozen layers``.
+            total: How much there is.
+        """
+        counted = 0
+
+        def advance(count: int) -> None:
+            nonlocal counted
+            counted += count
+            self._start = now = time.monotonic()
+            text = f"{what}: {counted} of {total}"
+            if self._bar is not None:
+                self._bar.update(self._task, values=text)
+                self._bar.reset(self._task, completed=self._done)
+            elif now - self._last_line >= _LINE_EVERY_S:
+                self._last_line = now
+                self.note(text)
+
+        return advance
 
     @property
     def tokens_per_second(self) -> float:

@@ -49,6 +49,26 @@ def test_lines_come_every_few_seconds_and_at_the_end(
     assert steps == ["1/30", "16/30", "30/30"]
 
 
+def test_what_comes_before_the_first_step_is_shown_and_no_part_of_the_speed(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(4, 0) as progress:
+        advance = progress.preparing("rows", 30)
+        for _ in range(3):
+            clock.now += 10
+            advance(10)
+        for _ in range(2):
+            clock.now += 60
+            progress.advance(tokens=120)
+        assert progress.tokens_per_second == pytest.approx(2.0)
+        progress.show({"loss": 1.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "rows: 10 of 30",
+        "rows: 30 of 30",
+        "step 2/4  loss 1  left 0:02:00",
+    ]
+
+
 def test_a_terminal_shows_a_bar_with_the_values(
     clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,11 +76,13 @@ def test_a_terminal_shows_a_bar_with_the_values(
         module, "Console", lambda file: Console(file=file, force_terminal=True, width=100)
     )
     with Progress(8, 2) as progress:
+        progress.preparing("rows", 30)(10)
         clock.now += 1
         progress.advance(10)
         progress.show({"loss": 0.25})
         progress.note("step 3 validation")
     shown = capsys.readouterr().err
+    assert "rows: 10 of 30" in shown
     assert "3/8" in shown
     assert "loss 0.25" in shown
     assert "step 3 validation" in shown
