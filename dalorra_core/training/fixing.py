@@ -2,7 +2,7 @@
 
 A gate that is the same in every sample is no gate: its probability goes into the column of B that
 it scales, and what is left is plain LoRA. Samples then differ from a later layer on, and all that
-lies below it is run once (docs/decisions/0027).
+lies below it is run once (docs/decisions/0032).
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def gates_fixed_below(state: AdapterState, layer: int) -> AdapterState:
         layer: Gates of this one and later ones, and those of the label head, stay as they are.
 
     Source:
-        docs/method.md, section 6, eq. (J12).
+        docs/method.md, section 6, eq. (J14).
     """
     params = dict(state.params)
     phi = params[PHI].clone()  # (L, r)

@@ -205,21 +205,22 @@ def test_a_process_that_dies_ends_the_others(task: TinyTask, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-TWO_PROCESSES = {
+LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2 --master-port",
-    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 "
+    # which starts several processes on GPUs only
+    "accelerate": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
     "--mixed_precision bf16 --main_process_port",
 }
 
 
-@pytest.mark.parametrize("launcher", TWO_PROCESSES)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_command_runs_under_a_launcher(launcher: str, task: TinyTask, tmp_path: Path) -> None:
     """What a launcher says of precision and accumulation does not win over the configuration."""
     script, config = tmp_path / "dalorra.py", tmp_path / "run.json"
     script.write_text("from server.cli import main\n\nmain()\n")
     config.write_text(settings(task).model_dump_json())
     where = ["-o", str(tmp_path / "out"), "--run-dir", str(tmp_path / "run")]
-    command = [sys.executable, "-m", *TWO_PROCESSES[launcher].split(), free_port(), str(script)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), free_port(), str(script)]
     status, output = ended(
         launched(
             [*command, "train", "-c", str(config), *where],
