@@ -242,9 +242,8 @@ class _Run:
             shuffle=self.shuffle,
         )
         visits = (self.last - done) * optim.gradient_accumulation * optim.batch_size
-        if (
-            visits > len(self.data.train) * self.processes.count
-        ):  # fewer would not pay for the pass that finds them
+        own_visits = visits / self.processes.count
+        if own_visits > len(self.data.train):  # fewer would not pay for the pass that finds them
             model, rows = self.module.label_model, self.data.train
             counted = progress.preparing("rows through the layers below the adapter", len(rows))
             self.stems = kept_stem_states(model, rows) or stem_states(model, rows, counted)
