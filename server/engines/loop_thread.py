@@ -1,6 +1,7 @@
 """An event loop in a thread of its own, for engines that talk to other servers."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
@@ -76,14 +77,30 @@ class LoopThread:
         try:
             self._loop.run_forever()
         finally:
-            tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
-                task.cancel()
             with suppress(RuntimeError):
-                ended = asyncio.gather(*tasks, return_exceptions=True)
-                self._loop.run_until_complete(ended)
+                self._loop.run_until_complete(self._cancelled())
                 self._loop.run_until_complete(self._at_end())
             self._loop.close()
+
+    async def _cancelled(self) -> None:
+        """Cancel all other tasks and wait for their end.
+
+        A task that has not begun may wrap a coroutine that only its group knows how to end, as
+        anyio's do: it begins, and is cancelled then.
+        """
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            begun = [task for task in tasks if _has_begun(task)]
+            for task in begun:
+                task.cancel()
+            await asyncio.sleep(0)
+            await asyncio.gather(*begun, return_exceptions=True)
+
+
+def _has_begun(task: asyncio.Task[Any]) -> bool:
+    coroutine = task.get_coro()
+    return not inspect.iscoroutine(coroutine) or (
+        inspect.getcoroutinestate(coroutine) != inspect.CORO_CREATED
+    )
 
 
 def outcome(future: "Future[T]") -> T:

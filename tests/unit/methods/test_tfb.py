@@ -97,7 +97,7 @@ def test_an_adapter_that_does_nothing_gets_no_noise() -> None:
     idle = replace(tiny, state=replace(tiny.state, params=params))
     pack = TFB.predict_pack(state_of(idle, PLAIN, 50.0), PLAIN, DRAW)
     base = logits(tiny, SamplePack(5, 2.0, {}))
-    assert torch.equal(logits(tiny, pack), base)
+    assert_near(logits(tiny, pack), base)  # which has no module, so that other layers are shared
 
 
 @pytest.mark.parametrize("config", [PLAIN, GATED], ids=["mle", "dalorra"])

@@ -234,6 +234,7 @@ def test_debug_is_about_our_own_code_only(monkeypatch: pytest.MonkeyPatch) -> No
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
     level = root.level
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)  # servers of tests silence it
     configure_logging("debug")
     try:
         assert logging.getLogger("server.app").isEnabledFor(logging.DEBUG)
