@@ -249,7 +249,7 @@ class Trunk:
 
 
 def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:
-    """Return the layer at whose input samples begin to differ; None where that gains nothing."""
+    """Return the first adapted layer; None where no frozen one lies below it."""
     first = min((s.layer for s in specs if s.layer is not None), default=0)
     layers: Any = getattr(decoder, "layers", None)
     return first if first > 0 and isinstance(layers, nn.ModuleList) else None
