@@ -33,8 +33,8 @@ def fix_gates_command(
     """Make samples cheaper: fix the gates of lower layers at their keep probabilities.
 
     Samples then differ from `--below-layer` on, and all layers below it are run once for all of
-    them: with 24 of 30 layers fixed, ten samples of a batch cost about two and a half passes in
-    place of six. The mean probability hardly changes; the epistemic uncertainty becomes that of
+    them: with 24 of 30 layers fixed, ten samples of a batch cost about two passes in place of
+    six. The mean probability hardly changes; the epistemic uncertainty becomes that of
     the later layers alone and so smaller. Its policies are gone: calibrate the new adapter.
 
     **Examples**

@@ -136,7 +136,7 @@ def _fixable(artifact: Artifact, below_layer: int) -> AdapterState:
     if not layers or not min(layers) < below_layer <= max(layers):
         there = f"{min(layers) + 1} to {max(layers)}" if len(set(layers)) > 1 else "none"
         raise ConfigError(
-            f"below_layer must be a layer with adapted ones below it, from it on, here {there}; "
-            f"got {below_layer}"
+            f"below_layer must have adapted layers below it and from it on, here {there}; got "
+            f"{below_layer}"
         )
     return state
