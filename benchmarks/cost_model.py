@@ -25,7 +25,7 @@ from benchmarks.interleaved import interleaved_times
 from benchmarks.output import publish
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
-from dalorra_core.predictive.scoring import plan_chunks
+from dalorra_core.predictive.scoring import plan_runs
 from dalorra_core.sampling.streams import uniforms
 
 
@@ -284,19 +284,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def works_of(shape: Shape, lengths: Sequence[int], samples: int, limit: int) -> list[Work]:
     """Return the work of every pass that rows are cut into.
 
-    Where the samples of one chunk go in several, the layers that they share are a pass of their
+    Where rows and samples go in several, the layers that the samples share are a pass of their
     own.
     """
     works: list[Work] = []
-    for rows, step in plan_chunks(lengths, samples, limit):
-        longest = max(lengths[i] for i in rows)
-        several = step < samples
+    for run in plan_runs(lengths, samples, limit):
+        several = len(run) > 1 or run[0][1] < samples
         if several and shape.first_sampled:
-            works.append(stem_work(shape, len(rows), longest))
-        works += [
-            pass_work(shape, len(rows), longest, min(step, samples - start), begun=several)
-            for start in range(0, samples, step)
-        ]
+            together = [lengths[i] for rows, _ in run for i in rows]
+            works.append(stem_work(shape, len(together), max(together)))
+        for rows, step in run:
+            longest = max(lengths[i] for i in rows)
+            works += [
+                pass_work(shape, len(rows), longest, min(step, samples - start), begun=several)
+                for start in range(0, samples, step)
+            ]
     return works
 
 

@@ -160,7 +160,7 @@ class Service:
 
         began_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        key = BatchKey(card.key, sampling)
+        key = card.batch_key(sampling)
         try:
             rows = await loop.run_in_executor(
                 self.encoders, encode, engine, card, request, questions

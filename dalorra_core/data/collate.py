@@ -56,6 +56,20 @@ class TokenBatch:
             allowed=None if self.allowed is None else self.allowed[which],
             labels=self.labels[which],
             stem=None if self.stem is None else self.stem[which],
+            stem_layer=self.stem_layer,
+        )
+
+    def picked(self, places: Sequence[int]) -> "TokenBatch":
+        """Return the rows at some places, in their order, padded to the longest of them."""
+        index = torch.tensor(places, dtype=torch.int64, device=self.input_ids.device)
+        longest = int(self.last_index[index].max()) + 1
+        return TokenBatch(
+            input_ids=self.input_ids[index, :longest],
+            last_index=self.last_index[index],
+            allowed=None if self.allowed is None else self.allowed[index],
+            labels=self.labels[index],
+            stem=None if self.stem is None else self.stem[index, :longest],
+            stem_layer=self.stem_layer,
         )
 
     def to(self, device: torch.device | str) -> "TokenBatch":

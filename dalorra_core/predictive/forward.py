@@ -25,6 +25,7 @@ __all__ = [
     "LabelLogits",
     "LabelModel",
     "PackedRows",
+    "begun_together",
     "forward_together",
     "last_hidden",
     "positions_up_to",
@@ -106,24 +107,6 @@ class LabelModel(nn.Module):
         # In float64, so that the order of the sum, which padding may change, does not show.
         return ((embedded.double() * weight).sum(1) / weight.sum(1)).float()
 
-    def begun(self, batch: TokenBatch, pack: SamplePack) -> TokenBatch:
-        """Return the batch with the states that all samples share, for several forwards of it.
-
-        The very same batch where there are none. Holds the trunk's turn.
-
-        Args:
-            batch: B rows on this model's device, padded on the right.
-            pack: M samples.
-        """
-        with self.trunk.turns:
-            settled = self.settled(pack, batch)
-            layer = self.fold_layer_of(settled)
-            if layer is None:
-                return batch
-            rows = (len(batch.last_index),)
-            stem = self.trunk.stem(batch.input_ids, layer, (settled,), rows, self.known(batch))
-            return replace(batch, stem=stem.states, stem_layer=stem.layer)
-
     def known(self, batch: TokenBatch) -> Stem | None:
         """Return what the batch brings along of the lower layers' work."""
         layer = self.fold_layer if batch.stem_layer is None else batch.stem_layer
@@ -145,6 +128,18 @@ class LabelModel(nn.Module):
         differ = [self._layers[name] for name, m in pack.modules.items() if not m.shared]
         first = min((layer for layer in differ if layer is not None), default=len(layers) - 1)
         return first if first > 0 and self.trunk.begins_at(first) else None
+
+    def shared_depth(self, pack: SamplePack) -> float:
+        """Return the share of the layers that run once for all samples of a pack, in [0, 1).
+
+        Args:
+            pack: M samples.
+        """
+        with self.trunk.turns:
+            layer = self.fold_layer if pack.per_row is not None else self.fold_layer_of(pack)
+        if layer is None:
+            return 0.0
+        return layer / len(list(self.decoder.get_submodule("layers").children()))
 
     def _fold_layer(self, specs: tuple[TargetSpec, ...]) -> int | None:
         """Return the first adapted layer, where a forward can begin there."""
@@ -201,6 +196,30 @@ def forward_together(
         )
 
 
+def begun_together(groups: Sequence[PackedRows]) -> tuple[TokenBatch, ...]:
+    """Return the groups' batches with the states that all samples share, for several forwards.
+
+    The layers below run once over the rows of all groups. The very same batches where nothing is
+    shared. Holds the trunk's turn.
+
+    Args:
+        groups: See ``forward_together``.
+    """
+    trunk, batches = groups[0].model.trunk, tuple(group.batch for group in groups)
+    with trunk.turns:
+        packs = [group.model.settled(group.pack, group.batch) for group in groups]
+        layer = _fold_layer(groups, packs)
+        if layer is None:
+            return batches
+        counts = _counts(groups)
+        ids = _joined([batch.input_ids for batch in batches])
+        states = trunk.stem(ids, layer, packs, counts, _known(groups)).states
+    return tuple(
+        replace(batch, stem=states[own, : batch.input_ids.shape[1]], stem_layer=layer)
+        for batch, own in zip(batches, _runs(counts), strict=True)
+    )
+
+
 def last_hidden(groups: Sequence[PackedRows]) -> tuple[Tensor, list[SamplePack]]:
     """Return the last hidden states and the packs for these rows; to be called inside ``turns``.
 
@@ -214,7 +233,7 @@ def last_hidden(groups: Sequence[PackedRows]) -> tuple[Tensor, list[SamplePack]]
     input_ids = _joined([group.batch.input_ids for group in groups])  # (B, T)
     last = torch.cat([group.batch.last_index for group in groups]).repeat(m)  # (M*B,)
     packs = [group.model.settled(group.pack, group.batch) for group in groups]
-    stem = groups[0].model.known(groups[0].batch) if len(groups) == 1 else None
+    stem = _known(groups)
     layer = _fold_layer(groups, packs)
     trunk = groups[0].model.trunk
     return unfold(trunk.last_states(input_ids, last, packs, rows, layer, stem), m), packs
@@ -243,12 +262,22 @@ def _fold_layer(groups: Sequence[PackedRows], packs: Sequence[SamplePack]) -> in
     return min(found) if len(found) == len(layers) else None
 
 
+def _known(groups: Sequence[PackedRows]) -> Stem | None:
+    """Return the inputs of one layer for all rows; None unless all groups bring those along."""
+    stems = [group.model.known(group.batch) for group in groups]
+    known = [stem for stem in stems if stem is not None]
+    if len(known) < len(stems) or len({stem.layer for stem in known}) > 1:
+        return None
+    return Stem(known[0].layer, _joined([stem.states for stem in known]))
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return token ids (B_g, T_g) as one batch (B, T), padded on the right."""
+    """Return the groups' token ids (B_g, T_g) or states (B_g, T_g, d) padded to the longest row."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])  # (B, T)
+    after = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+    return torch.cat([F.pad(part, pad) for part, pad in zip(parts, after, strict=True)])  # (B, ...)
 
 
 def _runs(counts: Sequence[int]) -> list[slice]:

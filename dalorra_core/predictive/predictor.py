@@ -172,6 +172,11 @@ class Predictor:
         return self.method.designs(self.manifest.method)
 
     @property
+    def shared_depth(self) -> float:
+        """Share of the layers that the samples of the default plan have in common, in [0, 1)."""
+        return self.model.shared_depth(self.pack(self.default_plan))
+
+    @property
     def answers_alone(self) -> bool:
         """True where rows cannot share a forward pass with those of other adapters."""
         gaussian = self.method.logit_covariance is not None

@@ -1,9 +1,9 @@
 """Run many rows through the fused forward in chunks of bounded size."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -13,7 +13,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.data.collate import EncodedExample, TokenBatch, collate
 from dalorra_core.errors import ConfigError
 from dalorra_core.objectives.elbo import label_log_probs
-from dalorra_core.predictive.forward import LabelModel, PackedRows, forward_together
+from dalorra_core.predictive.forward import LabelModel, PackedRows, begun_together, forward_together
 from dalorra_core.predictive.trunk import RowStates
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "joined",
     "padded_token_limit",
     "plan_chunks",
+    "plan_runs",
     "score_rows",
     "score_together",
 ]
@@ -113,6 +114,34 @@ def plan_chunks(
         start = stop
 
 
+def plan_runs(
+    lengths: Sequence[int], num_samples: int, max_padded_tokens: int
+) -> Iterator[list[tuple[list[int], int]]]:
+    """Group the chunks of ``plan_chunks`` into runs whose rows fit into one pass of one sample.
+
+    What all samples share is computed for the rows of a run at once, as one pass.
+
+    Args:
+        lengths: Tokens of each row.
+        num_samples: M.
+        max_padded_tokens: Limit on rows * longest; one chunk always goes through.
+
+    Yields:
+        Chunks, every one of ``plan_chunks`` once and in its order.
+    """
+    run: list[tuple[list[int], int]] = []
+    count = 0
+    for chunk in plan_chunks(lengths, num_samples, max_padded_tokens):
+        rows, _ = chunk
+        if run and (count + len(rows)) * lengths[rows[-1]] > max_padded_tokens:
+            yield run
+            run, count = [], 0
+        run.append(chunk)
+        count += len(rows)
+    if run:
+        yield run
+
+
 @dataclass(frozen=True)
 class RowsToScore:
     """Rows that one adapter answers with one pack.
@@ -185,8 +214,9 @@ def score_together(
         label_mass: Also compute that diagnostic.
         on_progress: Called with the number of rows finished since the last call.
         wanted: Asked before every forward pass for the rows in it, by their place among all rows
-            (those of the first group first). A row that is not wanted before the first pass of
-            its chunk is left out; the rest of a chunk is left out when none of its rows is.
+            (those of the first group first). A row that is not wanted before the layers that all
+            samples share, or before the first pass of its chunk, is left out; the rest of a chunk
+            is left out when none of its rows is wanted.
 
     Returns:
         One for each group, in order; ``Prediction.answered`` says what was left out.
@@ -195,27 +225,25 @@ def score_together(
         ConfigError: The groups do not share a base model or M.
     """
     m = groups[0].pack.num_samples
-    sheets = [_Sheet.blank(group, label_mass=label_mass) for group in groups]
-    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.rows))]
-    lengths = [len(groups[g].rows[i].token_ids) for g, i in places]
+    stops = accumulate(len(group.rows) for group in groups)
+    sheets = [
+        _Sheet.blank(group, stop - len(group.rows), label_mass=label_mass)
+        for group, stop in zip(groups, stops, strict=True)
+    ]
+    lengths = [len(row.token_ids) for group in groups for row in group.rows]
     ask = wanted if wanted is not None else _always
-    for chunk, step in plan_chunks(lengths, m, max_padded_tokens):
-        kept = sorted((n for n in chunk if ask(n)), key=lambda n: places[n][0])  # by group; stable
-        parts = [
-            _Part.of(sheets[g], [places[n][1] for n in own])
-            for g, own in groupby(kept, key=lambda n: places[n][0])
-        ]
-        if step < m:  # one row, which all passes begin at the first layer where samples differ
-            parts = [part.begun() for part in parts]
-        for start in range(0, m, step) if parts else ():
-            if start > 0 and not any(ask(n) for n in kept):
-                break
-            _run_pass(parts, start, min(start + step, m), label_mass=label_mass)
-        else:
-            for part in parts:
-                part.sheet.answered[part.rows] = True
-        if on_progress is not None:
-            on_progress(len(chunk))
+    for run in plan_runs(lengths, m, max_padded_tokens):
+        kept = {n: None for chunk, _ in run for n in chunk if ask(n)}
+        parts = [_Part.of(sheet, own) for sheet in sheets if (own := sheet.own(kept))]
+        if parts and (len(run) > 1 or run[0][1] < m):
+            parts = _begun(parts)
+        for number, (chunk, step) in enumerate(run):
+            still = [n for n in chunk if n in kept and (number == 0 or ask(n))]
+            now = [part.picked(own) for part in parts if (own := part.sheet.own(still))]
+            if now:
+                _run_chunk(now, step, ask, label_mass=label_mass)
+            if on_progress is not None:
+                on_progress(len(chunk))
     return [sheet.prediction() for sheet in sheets]
 
 
@@ -228,19 +256,25 @@ class _Sheet:
     """Where the answers of one group are written down."""
 
     group: RowsToScore
+    start: int  # place of the group's first row among all rows
     log_probs: Tensor  # (M, B_g, C)
     mass: Tensor | None  # (B_g,), sum over samples
     answered: Tensor  # (B_g,)
 
     @classmethod
-    def blank(cls, group: RowsToScore, *, label_mass: bool) -> Self:
+    def blank(cls, group: RowsToScore, start: int, *, label_mass: bool) -> Self:
         m, rows = group.pack.num_samples, len(group.rows)
         return cls(
             group,
+            start,
             torch.empty(m, rows, group.model.num_labels),
             torch.zeros(rows, dtype=torch.float64) if label_mass else None,
             torch.zeros(rows, dtype=torch.bool),
         )
+
+    def own(self, places: Iterable[int]) -> list[int]:
+        """Return the places that are of this group's rows."""
+        return [n for n in places if self.start <= n < self.start + len(self.group.rows)]
 
     def prediction(self) -> Prediction:
         m = self.group.pack.num_samples
@@ -254,35 +288,66 @@ class _Sheet:
 
 @dataclass(frozen=True)
 class _Part:
-    """One group's rows in a chunk."""
+    """One group's rows in a run of chunks, or in one of them."""
 
     sheet: _Sheet
-    rows: list[int]
+    places: list[int]  # among all rows
     batch: TokenBatch
 
     @classmethod
-    def of(cls, sheet: _Sheet, rows: list[int]) -> Self:
-        group = sheet.group
+    def of(cls, sheet: _Sheet, places: list[int]) -> Self:
+        group, rows = sheet.group, [n - sheet.start for n in places]
         batch = collate([group.rows[i] for i in rows], num_labels=group.model.num_labels)
         if group.stems is not None:
             batch = replace(batch, stem=group.stems.of(rows))
-        return cls(sheet, rows, batch.to(group.model.head.weight.device))
+        return cls(sheet, places, batch.to(group.model.head.weight.device))
 
-    def begun(self) -> Self:
-        """Return the part with the states that its samples share, for several passes."""
+    @property
+    def rows(self) -> list[int]:
+        """Places among the rows of the group."""
+        return [n - self.sheet.start for n in self.places]
+
+    def picked(self, kept: Collection[int]) -> Self:
+        """Return the part without the rows whose places are not among these."""
+        index = [i for i, n in enumerate(self.places) if n in kept]
+        if len(index) == len(self.places):
+            return self
+        return replace(self, places=[self.places[i] for i in index], batch=self.batch.picked(index))
+
+    def with_pack(self, start: int, stop: int) -> PackedRows:
+        """Return the rows with samples ``start`` to ``stop - 1``."""
         group = self.sheet.group
-        return replace(self, batch=group.model.begun(self.batch, group.pack))
+        whole = stop - start == group.pack.num_samples
+        pack = group.pack if whole else group.pack.narrow(start, stop)
+        return PackedRows(group.model, pack, self.batch)
+
+
+def _begun(parts: Sequence[_Part]) -> list[_Part]:
+    """Return the parts with the states that their samples share, for several passes."""
+    m = parts[0].sheet.group.pack.num_samples
+    batches = begun_together([part.with_pack(0, m) for part in parts])
+    return [replace(part, batch=batch) for part, batch in zip(parts, batches, strict=True)]
+
+
+def _run_chunk(
+    parts: Sequence[_Part], step: int, ask: Callable[[int], bool], *, label_mass: bool
+) -> None:
+    """Run all samples of a chunk, so many at a time, and write the answers down.
+
+    The rest is left out as soon as none of the rows is wanted.
+    """
+    m = parts[0].sheet.group.pack.num_samples
+    for start in range(0, m, step):
+        if start > 0 and not any(ask(n) for part in parts for n in part.places):
+            return
+        _run_pass(parts, start, min(start + step, m), label_mass=label_mass)
+    for part in parts:
+        part.sheet.answered[part.rows] = True
 
 
 def _run_pass(parts: Sequence[_Part], start: int, stop: int, *, label_mass: bool) -> None:
     """Run samples ``start`` to ``stop - 1`` of a chunk and write the answers down."""
-    packed = []
-    for part in parts:
-        group = part.sheet.group
-        whole = stop - start == group.pack.num_samples
-        pack = group.pack if whole else group.pack.narrow(start, stop)
-        packed.append(PackedRows(group.model, pack, part.batch))
-    found = forward_together(packed, label_mass=label_mass)
+    found = forward_together([part.with_pack(start, stop) for part in parts], label_mass=label_mass)
     for part, out in zip(parts, found, strict=True):
         sheet = part.sheet
         sheet.log_probs[start:stop, part.rows] = label_log_probs(

@@ -1,9 +1,9 @@
 """Which waiting rows run next, and when: pure functions over the queue.
 
 The cost of a batch is what the model pays: its longest row times its number of rows times the
-samples, padding included. Rows are taken in the order of their virtual time: when they came, and
-for priority ``batch`` a fixed delay later. The first of them is always in the next batch, and no
-row that comes after that time is ever before it, so nothing starves.
+work of their samples, padding included. Rows are taken in the order of their virtual time: when
+they came, and for priority ``batch`` a fixed delay later. The first of them is always in the next
+batch, and no row that comes after that time is ever before it, so nothing starves.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,8 @@ class BatchLimits:
 
     Attributes:
         max_rows: Rows, at least 1.
-        max_tokens: Padded tokens times samples. A single row may exceed it, and then runs alone.
+        max_tokens: Padded tokens times passes, of which those that the samples of a row share count
+            once. A single row may exceed it, and then runs alone.
         max_padding: Largest share of padding a row may cause by joining, in [0, 1]; a row of very
             different length waits for a later batch instead.
         wait_s: How long the oldest row waits for company while the engine is idle, in seconds.
@@ -213,12 +214,13 @@ def _fits(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:
     """Whether the batch stays inside its budget with one more row; the first always fits."""
     if not rows:
         return True
-    cost = padded_tokens([*rows, pending]) * pending.passes
+    joined = [*rows, pending]
+    cost = padded_tokens(joined) * max(row.work for row in joined)
     return len(rows) < limits.max_rows and cost <= limits.max_tokens
 
 
 def _is_full(rows: list[Pending], limits: BatchLimits) -> bool:
     """Whether not even a row of one token could join."""
     longest = max(row.num_tokens for row in rows)
-    cost = longest * (len(rows) + 1) * rows[0].passes
+    cost = longest * (len(rows) + 1) * max(row.work for row in rows)
     return len(rows) >= limits.max_rows or cost > limits.max_tokens

@@ -147,6 +147,11 @@ class Pending:
         return self.ticket.key.sampling.passes
 
     @property
+    def work(self) -> float:
+        """What those compute together, in passes: what they share counts once."""
+        return self.ticket.key.work
+
+    @property
     def deadline_s(self) -> float:
         """When its answer is worthless, in seconds on the monotonic clock."""
         return self.ticket.deadline_s

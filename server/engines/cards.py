@@ -57,6 +57,7 @@ class Answering:
         fixed_functions: None where any number may be sampled, and for point methods.
         max_num_samples: None without a limit.
         fixed_sampling: None where a request may ask for another.
+        shared_depth: 0 where nothing is known to be shared.
     """
 
     sampling: Sampling
@@ -70,6 +71,7 @@ class Answering:
     fixed_functions: int | None = None
     max_num_samples: int | None = None
     fixed_sampling: str | None = None
+    shared_depth: float = 0.0
 
 
 def answering_of(predictor: Predictor) -> Answering:
@@ -91,6 +93,7 @@ def answering_of(predictor: Predictor) -> Answering:
         threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
         fixed_functions=None if point else predictor.fixed_functions,
         max_num_samples=predictor.max_num_samples,
+        shared_depth=predictor.shared_depth,
     )
 
 
@@ -133,6 +136,7 @@ def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> A
         max_num_samples=how.max_num_samples,
         designs=how.designs,
         fixed_sampling=how.fixed_sampling,
+        shared_depth=how.shared_depth,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

@@ -18,7 +18,6 @@ from server.engines.local import LocalEngine
 from server.ports import (
     AdapterCard,
     AdapterLoadError,
-    BatchKey,
     BatchRow,
     ChoiceQuestion,
     Question,
@@ -115,7 +114,7 @@ def recompute(directory: Path, replay: Replay) -> Recomputed:
             (card,) = engine.load()
             _check_kind(card, replay.question)
             row = engine.encode(card.key, replay.question, replay.truncate)
-            key = BatchKey(card.key, replay.sampling)
+            key = card.batch_key(replay.sampling)
             (scores,) = engine.run_batch([BatchRow(key, row)], lambda _place: True).rows
         if scores is None:  # only of a row that nobody wants
             raise AssertionError("the engine left out a row that was wanted")

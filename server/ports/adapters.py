@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.ports.policies import Policy
-from server.ports.rows import Design, Sampling
+from server.ports.rows import BatchKey, Design, Sampling
 
 __all__ = [
     "AdapterCard",
@@ -168,6 +168,8 @@ class AdapterCard:
         max_num_samples: The most samples whose memory the engine grants; None when they take none.
         designs: How its samples may be drawn together.
         fixed_sampling: Why no other sampling than ``defaults`` can be asked for; None when it can.
+        shared_depth: Share of a pass that the samples of one answer have in common and that is
+            computed once for all of them, in [0, 1).
     """
 
     name: str
@@ -199,6 +201,11 @@ class AdapterCard:
     max_num_samples: int | None = None
     designs: tuple[Design, ...] = ("iid",)
     fixed_sampling: str | None = None
+    shared_depth: float = 0.0
+
+    def batch_key(self, sampling: Sampling) -> BatchKey:
+        """Return how the rows that it answers under ``sampling`` are known to a batch."""
+        return BatchKey(self.key, sampling, self.shared_depth)
 
     @property
     def key(self) -> str:

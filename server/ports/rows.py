@@ -93,10 +93,17 @@ class BatchKey:
     Attributes:
         adapter: ``AdapterCard.key`` of a loaded adapter.
         sampling: What fixes the posterior samples.
+        shared_depth: ``AdapterCard.shared_depth``.
     """
 
     adapter: str
     sampling: Sampling
+    shared_depth: float = 0.0
+
+    @property
+    def work(self) -> float:
+        """What its samples together compute for a row, in passes; from 1 to their number."""
+        return self.shared_depth + (1 - self.shared_depth) * self.sampling.passes
 
 
 @dataclass(frozen=True, slots=True)

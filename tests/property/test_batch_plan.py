@@ -10,11 +10,12 @@ from server.batching import BatchLimits, Pending, Ticket, plan_batch
 from server.ports import BatchKey, EncodedRow, Priority, Sampling
 
 NOW_S = 10.0
+SHARED_DEPTHS = {"a": 0.0, "b": 0.75}
 
 
 def make_row(values: tuple[str, int, int, float, bool, Priority, float]) -> Pending:
     adapter, samples, tokens, deadline_s, cancelled, priority, queued_s = values
-    key = BatchKey(adapter, Sampling(num_samples=samples))
+    key = BatchKey(adapter, Sampling(num_samples=samples), SHARED_DEPTHS[adapter])
     encoded = (EncodedRow(tokens, False, None),)
     ticket = Ticket(key, encoded, deadline_s=deadline_s, priority=priority)
     if cancelled:
@@ -72,7 +73,8 @@ def test_a_batch_keeps_its_bounds_and_runs_alike(queue: list[Pending], bounds: B
     if not plan.rows:
         return
     cost = max(p.num_tokens for p in plan.rows) * len(plan.rows)
-    cost *= plan.rows[0].key.sampling.passes
+    depths = [SHARED_DEPTHS[p.key.adapter] for p in plan.rows]
+    cost *= max(1 + (p.passes - 1) * (1 - d) for p, d in zip(plan.rows, depths, strict=True))
     assert len({pending.passes for pending in plan.rows}) == 1
     assert bounds.mix_adapters or len({pending.key for pending in plan.rows}) == 1
     assert len(plan.rows) <= bounds.max_rows

@@ -10,7 +10,13 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.methods import METHODS
 from dalorra_core.methods.dalorra import DalorraConfig
 from dalorra_core.methods.method import Draw
-from dalorra_core.predictive.scoring import RowsToScore, plan_chunks, score_rows, score_together
+from dalorra_core.predictive.scoring import (
+    RowsToScore,
+    plan_chunks,
+    plan_runs,
+    score_rows,
+    score_together,
+)
 from dalorra_core.sampling.streams import permutation, uniforms
 from tests.support.tiny_models import random_rows, tiny_adapter
 
@@ -55,6 +61,25 @@ def test_chunks_are_as_large_as_the_limit_allows(lengths: list[int], samples: in
     for rows, following in pairwise(chunks):
         one_more = (len(rows) + 1) * lengths[following[0]] * samples
         assert one_more > limit
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    samples=st.integers(1, 12),
+    limit=st.integers(1, 300),
+)
+def test_runs_hold_the_chunks_in_order_and_as_many_as_fit(
+    lengths: list[int], samples: int, limit: int
+) -> None:
+    runs = list(plan_runs(lengths, samples, limit))
+    assert [chunk for run in runs for chunk in run] == list(plan_chunks(lengths, samples, limit))
+
+    def tokens(chunks: list[tuple[list[int], int]]) -> int:
+        rows = [i for chunk, _ in chunks for i in chunk]
+        return len(rows) * max(lengths[i] for i in rows)
+
+    assert all(tokens(run) <= limit or len(run) == 1 for run in runs)
+    assert all(tokens([*run, after[0]]) > limit for run, after in pairwise(runs))
 
 
 @settings(max_examples=25)

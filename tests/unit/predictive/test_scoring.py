@@ -217,6 +217,38 @@ def test_layers_that_all_samples_share_see_each_row_once(
             assert sum(seen[number]) == times * len(rows)
 
 
+def test_what_all_samples_share_runs_once_for_as_many_rows_as_fit_into_a_pass() -> None:
+    tiny = tiny_adapter(layers=(0, 3), num_hidden_layers=4)
+    group = RowsToScore(tiny.model, shared_below(tiny, 2).condensed(), random_rows((7, 3, 6, 7, 7)))
+    (whole,) = score_together([group], max_padded_tokens=10_000)
+    with rows_of_layers(tiny) as seen:
+        (found,) = score_together([group], max_padded_tokens=30)
+    assert seen == {0: [4, 1], 1: [4, 1], 2: [5, 5, *(3, 2) * 3]}
+    assert_near(found.log_probs, whole.log_probs)
+
+
+def test_rows_given_up_after_the_shared_layers_go_no_further() -> None:
+    tiny = tiny_adapter(layers=(0, 3), num_hidden_layers=4)
+    group = RowsToScore(tiny.model, shared_below(tiny, 2).condensed(), random_rows((7, 7, 7, 7)))
+    (whole,) = score_together([group], max_padded_tokens=10_000)
+    asked: Counter[int] = Counter()
+
+    def wanted(place: int) -> bool:
+        asked[place] += 1
+        return place not in {1, 2} or (place == 2 and asked[2] == 1)
+
+    with rows_of_layers(tiny) as seen:
+        (found,) = score_together([group], max_padded_tokens=5 * 7, wanted=wanted)
+    assert seen == {
+        0: [3],
+        1: [3],
+        2: [5, 5],
+    }  # one never began, one went half way
+    assert asked == {0: 1, 1: 1, 2: 2, 3: 2}
+    assert found.answered_rows == [0, 3]
+    assert_near(found.log_probs[:, [0, 3]], whole.log_probs[:, [0, 3]])
+
+
 def test_states_that_came_with_the_rows_go_on_through_shared_layers() -> None:
     tiny = tiny_adapter(layers=(1, 3), num_hidden_layers=4)
     rows, pack = random_rows(LENGTHS), shared_below(tiny, 2)
@@ -231,7 +263,7 @@ def test_states_that_came_with_the_rows_go_on_through_shared_layers() -> None:
         assert (0 in seen, sum(seen[1]), sum(seen[2])) == (False, len(rows), 5 * len(rows))
 
 
-@pytest.mark.parametrize("limit", [10_000, 30])
+@pytest.mark.parametrize("limit", [10_000, 30, 1])
 def test_adapters_that_share_different_layers_answer_together(limit: int) -> None:
     first = tiny_adapter(layers=(1, 3), num_hidden_layers=4)
     second = tiny_adapter(layers=(0, 3), num_labels=3, seed=5, beside=first)
@@ -241,6 +273,10 @@ def test_adapters_that_share_different_layers_answer_together(limit: int) -> Non
         pack = shared_below(tiny, below)
         alone += score_together([RowsToScore(tiny.model, pack, rows)], max_padded_tokens=10_000)
         together.append(RowsToScore(tiny.model, pack.condensed(), rows))
-    found = score_together(together, max_padded_tokens=limit)
+    score_together(together, max_padded_tokens=10_000)  # tries once whether it can begin there
+    with rows_of_layers(first) as seen:
+        found = score_together(together, max_padded_tokens=limit)
     for one, expected in zip(found, alone, strict=True):
         assert_near(one.log_probs, expected.log_probs)
+    if limit == 30:  # 3 + 4 + 6 + 7 tokens padded to 4 x 7, and the other row of 7
+        assert seen[0] == [4, 1]

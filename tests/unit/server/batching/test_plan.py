@@ -22,6 +22,12 @@ def row(
     return Pending(ticket, 0, queued_s)
 
 
+def row_of_two_passes() -> Pending:
+    """Return a row whose three samples share the lower half of the layers."""
+    ticket = Ticket(BatchKey("a", Sampling(3), 0.5), row(10).ticket.rows, deadline_s=100.0)
+    return Pending(ticket, 0, 0.0)
+
+
 def patient_row(tokens: int, *, queued_s: float) -> Pending:
     key = BatchKey("a", Sampling(num_samples=1))
     rows = (EncodedRow(tokens, False, None),)
@@ -55,6 +61,19 @@ def test_padding_counts_against_the_budget() -> None:
 
 def test_samples_multiply_the_cost() -> None:
     assert len(plan(*[row(20, samples=2) for _ in range(4)]).rows) == 2
+
+
+def test_what_the_samples_of_a_row_share_counts_once() -> None:
+    half = [row_of_two_passes() for _ in range(6)]
+    assert len(plan(*half, limits=replace(LIMITS, max_tokens=80)).rows) == 4
+    assert len(plan(*half, limits=replace(LIMITS, max_tokens=79)).rows) == 3
+
+
+def test_the_row_that_shares_least_sets_the_cost_of_a_mixed_batch() -> None:
+    mixing = replace(LIMITS, mix_adapters=True, max_tokens=80)
+    cheap, dear = [row_of_two_passes() for _ in range(4)], row(10, adapter="b", samples=3)
+    assert plan(*cheap, limits=mixing).rows == tuple(cheap)
+    assert plan(cheap[0], dear, *cheap[1:], limits=mixing).rows == (cheap[0], dear)
 
 
 def test_one_deterministic_pass_costs_one_whatever_the_samples() -> None:
