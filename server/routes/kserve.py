@@ -39,6 +39,7 @@ _POINTERS = {
     "#/input": "#/inputs/0/data",
     "#/num_samples": "#/parameters/num_samples",
     "#/seed": "#/parameters/seed",
+    "#/design": "#/parameters/design",
     "#/policy": "#/parameters/policy",
 }
 _BODY = {

@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from server.ports import Priority
+from server.ports import Design, Priority
 from server.schemas.fields import Name, NumSamples, Strict, WrappedText, unwrapped
 from server.schemas.receipts import Body
 from server.schemas.responses import ProblemFault
@@ -54,6 +54,7 @@ class InferParameters(Strict):
 
     num_samples: NumSamples = None
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
+    design: Design | None = None
     policy: Name | None = Field(default=None, description="A policy of the adapter, by its name.")
     truncate: Literal["none", "start", "end"] = "none"
     priority: Priority | None = Field(
@@ -142,6 +143,7 @@ class InferRequest(Strict):
             "input": self.inputs[0].texts(),
             "num_samples": asked.num_samples,
             "seed": asked.seed,
+            "design": asked.design,
             "policy": {"name": asked.policy} if asked.policy else None,
             "truncate": asked.truncate,
             "priority": 1 if asked.priority == "batch" else 0,

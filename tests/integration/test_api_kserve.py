@@ -95,7 +95,7 @@ async def test_a_column_of_texts_is_as_good_as_a_row(sent: dict[str, Any]) -> No
 @async_test
 async def test_parameters_mean_what_they_mean_on_the_main_route() -> None:
     async with running() as api:
-        chosen = {"num_samples": 2, "seed": 7}
+        chosen = {"num_samples": 2, "seed": 7, "design": "iid"}
         (row,) = (await api.classify({"input": UNCLEAR, **chosen})).json()["data"]
         parameters = {**chosen, "policy": "default", "binary_data_output": False}
         found = await infer(api, body(UNCLEAR, parameters=parameters))
@@ -112,6 +112,9 @@ async def test_nothing_epistemic_comes_from_an_adapter_with_one_function() -> No
         response = await api.client.post(path, json=body(SURE, outputs=asked))
         problem = check_error(response, 422, "does not sample")
         assert problem["errors"][0]["pointer"] == "#/outputs/1/name"
+        drawn = body(SURE, parameters={"design": "stratified"})
+        problem = check_error(await api.client.post(path, json=drawn), 422, "iid")
+        assert problem["errors"][0]["pointer"] == "#/parameters/design"
         metadata = (await api.client.get("/v2/models/topics-mle")).json()
         assert [output["name"] for output in metadata["outputs"]] == list(found)
 
@@ -146,6 +149,7 @@ async def test_nothing_epistemic_comes_from_an_adapter_with_one_function() -> No
             "JSON",
         ),
         (body(SURE, parameters={"num_samples": 65}), "#/parameters/num_samples", ""),
+        (body(SURE, parameters={"design": "sobol"}), "#/parameters/design", "stratified"),
         (body(SURE, parameters={"num_sample": 2}), "#/parameters/num_sample", "num_samples"),
         (body(SURE, parameters={"policy": "nope"}), "#/parameters/policy/name", ""),
     ],
