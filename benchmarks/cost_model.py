@@ -23,6 +23,7 @@ from torch import nn
 from benchmarks.hardware import describe_run
 from benchmarks.interleaved import interleaved_times
 from benchmarks.output import publish
+from dalorra_core.base_models.packed import pack_linears
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.predictive.scoring import plan_runs
@@ -203,7 +204,10 @@ def bound_s(work: Work, flops_per_s: float, bytes_per_s: float, bytes_per_weight
 @torch.inference_mode()
 def product_rate(shape: Shape, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of one layer's products at a number of tokens."""
-    layers = [nn.Linear(a, b, bias=False, device=device, dtype=dtype) for a, b in shape.products]
+    layers = nn.ModuleList(
+        nn.Linear(a, b, bias=False, device=device, dtype=dtype) for a, b in shape.products
+    )
+    pack_linears(layers)
     inputs = [torch.randn(tokens, a, device=device, dtype=dtype) for a, _ in shape.products]
 
     def run() -> None:

@@ -40,6 +40,7 @@ class LabelHead(nn.Module):
         self.register_buffer("token_ids", ids, persistent=False)
         self.register_buffer("weight", head.weight.detach()[ids].float(), persistent=False)
         self.bias = None if head.bias is None else head.bias.detach()[ids].float()
+        self._dtype = head.weight.dtype
         self._vocabulary = [head]  # a list keeps the shared module out of this one's own tree
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
@@ -96,7 +97,7 @@ class LabelHead(nn.Module):
             (N, V), float32, fresh.
         """
         head = self._vocabulary[0]
-        return self.cap(head(hidden.to(head.weight.dtype)).float())
+        return self.cap(head(hidden.to(self._dtype)).float())
 
     def label_mass(self, full: Tensor, label_logits: Tensor) -> Tensor:
         """Return the probability of the label tokens under the full vocabulary.

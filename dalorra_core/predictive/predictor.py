@@ -133,7 +133,7 @@ class Predictor:
         artifact = load_artifact(Path(adapter_dir))
         identity = identify(base if base is not None else artifact.manifest.base.id)
         check_base(artifact, identity)  # before the slow part
-        shared = SharedBase.load(identity, device=device, dtype=dtype)
+        shared = SharedBase.load(identity, device=device, dtype=dtype, packed=True)
         return cls.on(shared, artifact, deterministic=deterministic, verify_golden=verify_golden)
 
     @property

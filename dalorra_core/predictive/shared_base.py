@@ -8,6 +8,7 @@ import torch
 
 from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from dalorra_core.base_models.packed import pack_linears
 from dalorra_core.base_models.resolve import resolve_base_model
 from dalorra_core.predictive.matching import BaseIdentity, tokenizer_sha256
 from dalorra_core.predictive.memory import tokens_within
@@ -53,7 +54,7 @@ class SharedBase:
     pass_tokens: int
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913  each a setting
         cls,
         identity: BaseIdentity,
         *,
@@ -62,6 +63,7 @@ class SharedBase:
         attention: Literal["sdpa", "eager"] = "sdpa",
         pass_memory_mb: int | None = None,
         pass_tokens: int | Literal["auto"] | None = None,
+        packed: bool = False,
     ) -> Self:
         """Load a base model and its tokenizer.
 
@@ -75,6 +77,7 @@ class SharedBase:
             pass_tokens: Padded tokens (M * B * T) of a forward pass, where that is smaller; None
                 leaves it to the device. auto tries several sizes on a CPU, in some 3 seconds:
                 answers then differ from start to start, in what rounding allows.
+            packed: For inference alone: linear layers as ``pack_linears`` makes them.
 
         Raises:
             BaseModelError: If it cannot be read.
@@ -82,6 +85,8 @@ class SharedBase:
         """
         where = pick_device(device)
         model = load_model(identity.directory, where, pick_dtype(dtype, where), attention)
+        if packed:
+            pack_linears(model)
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
         trunk, most = Trunk(model), padded_token_limit(where)

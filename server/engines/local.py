@@ -270,4 +270,5 @@ class LocalEngine:
             dtype=self._dtype,
             pass_memory_mb=self._pass_memory_mb,
             pass_tokens=self._pass_tokens,
+            packed=True,
         )

@@ -93,7 +93,7 @@ def test_a_model_is_tried_with_passes_of_each_size(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("tokens", "megabytes", "expected"),
-    [(None, None, 512), (100, None, 100), ("auto", None, 1024), ("auto", 1, 468), (100, 1, 100)],
+    [(None, None, 512), (100, None, 100), ("auto", None, 1024), ("auto", 1, 442), (100, 1, 100)],
 )
 def test_a_base_model_takes_passes_of_the_size_that_was_asked_for(
     tmp_path: Path,
