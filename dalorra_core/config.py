@@ -209,6 +209,13 @@ class RunConfig(Settings, frozen=True):
         "these again for the gradients. The same result with less memory and more work; may "
         "change when a run resumes.",
     )
+    shard_base: bool = Field(
+        default=False,
+        description="In several processes: each holds a part of the frozen base's decoder layers, "
+        "gathered one layer at a time (FSDP2), for a base that does not fit one device. Slower; "
+        "the same result up to rounding; may change when a run resumes. In one process it does "
+        "nothing.",
+    )
     tensorboard: bool = Field(
         default=False, description="Write TensorBoard logs beside the checkpoints."
     )

@@ -198,10 +198,12 @@ def run_key(config: TrainConfig, data: TaskData, base: BaseIdentity) -> str:
     """Return the first 16 hex digits of the sha256 of what a run's adapter depends on.
 
     The adapter's name, the path of the base model and the directory of the data sets do not count:
-    their contents do. Nor does whether layers are run again for gradients: it changes no number.
+    their contents do. Nor does whether layers are run again for gradients or spread over processes:
+    it changes no number.
     """
     settings = config.model_dump(mode="json")
-    del settings["name"], settings["base"], settings["data"]["root"], settings["run"]["recompute"]
+    del settings["name"], settings["base"], settings["data"]["root"]
+    del settings["run"]["recompute"], settings["run"]["shard_base"]
     start = settings["adapter"].pop("start")
     if start is not None:  # keys of before there was such a setting stay what they were
         settings["adapter"]["start"] = peft_sha256(Path(start))

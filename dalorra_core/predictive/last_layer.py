@@ -87,7 +87,15 @@ class _LastPositions(nn.Module):
         self._last, self._num_samples = last, num_samples
         self.attention_type = getattr(layer, "attention_type", None)  # some decoders ask for it
 
-    def forward(
+    def forward(self, hidden_states: Tensor, **options: Any) -> Any:
+        layer = self._layer
+        layer.forward = self._shortened  # called as the layer, whose hooks may fetch its weights
+        try:
+            return layer(hidden_states, **options)
+        finally:
+            del layer.forward
+
+    def _shortened(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> Tensor:
         layer = self._layer

@@ -64,6 +64,7 @@ class SharedBase:
         pass_memory_mb: int | None = None,
         pass_tokens: int | Literal["auto"] | None = None,
         packed: bool = False,
+        sharded: bool = False,
     ) -> Self:
         """Load a base model and its tokenizer.
 
@@ -78,18 +79,24 @@ class SharedBase:
                 leaves it to the device. auto tries several sizes on a CPU, in some 3 seconds:
                 answers then differ from start to start, in what rounding allows.
             packed: For inference alone: linear layers as ``pack_linears`` makes them.
+            sharded: Spread its layers over the processes of the group, which all have to call this.
 
         Raises:
             BaseModelError: If it cannot be read.
             ConfigError: If the device or the precision is not to be had.
         """
         where = pick_device(device)
-        model = load_model(identity.directory, where, pick_dtype(dtype, where), attention)
+        load = load_model
+        if sharded:
+            from dalorra_core.predictive.sharded_base import (  # noqa: PLC0415  slow to import
+                load_sharded as load,
+            )
+        model = load(identity.directory, where, pick_dtype(dtype, where), attention)
         if packed:
             pack_linears(model)
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
-        trunk, most = Trunk(model), padded_token_limit(where)
+        trunk, most = Trunk(model, sharded=sharded), padded_token_limit(where)
         if isinstance(pass_tokens, int):
             most = pass_tokens
         elif pass_tokens is not None and where.type == "cpu":

@@ -60,9 +60,11 @@ class Trunk:
         turns: Held for one forward pass at a time, by whichever thread runs it.
         shelf: Keeps rows' states below the first adapted layer, where somebody has set one up.
         recomputes: Whether layers are run again in the backward pass, see ``recomputing``.
+        sharded: Whether the layers are spread over processes, which then have to run the same
+            passes; see ``predictive/sharded_base.py``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, sharded: bool = False) -> None:
         model.requires_grad_(requires_grad=False)
         model.eval()
         self.model = model
@@ -72,6 +74,7 @@ class Trunk:
         self.shelf: StemSource | None = None
         self._begins: dict[int, bool] = {}
         self.recomputes = False
+        self.sharded = sharded
 
     def adapt(self, specs: Sequence[TargetSpec]) -> None:
         """Make the modules of one adapter ready to be adapted; waits for the forward under way.
@@ -243,7 +246,9 @@ class Trunk:
             raise _ReachedError
 
         layers: Any = self.decoder.layers
-        with layers[layer].register_forward_pre_hook(stop), suppress(_ReachedError):
+        # before other hooks, which would fetch the weights of a layer that is not run
+        stopping = layers[layer].register_forward_pre_hook(stop, prepend=True)
+        with stopping, suppress(_ReachedError):
             self._run(input_ids, known, 1)
         return Stem(layer, found[0])
 

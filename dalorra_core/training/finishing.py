@@ -164,15 +164,11 @@ def finished(
 
 def _served(staged: Path, config: TrainConfig, base: SharedBase, dtype: str) -> Predictor:
     """Return a predictor as a server would have it, on the base in memory where that is the one."""
-    if config.run.attention == "sdpa" and base.dtype is pick_dtype(dtype, base.device):
-        return Predictor.on(base, load_artifact(staged), verify_golden=False)
-    return Predictor.load(
-        staged,
-        base=str(base.identity.directory),
-        device=config.run.device,
-        dtype=dtype,
-        verify_golden=False,
-    )
+    if config.run.attention != "sdpa" or base.dtype is not pick_dtype(dtype, base.device):
+        base = SharedBase.load(
+            base.identity, device=config.run.device, dtype=dtype, sharded=base.trunk.sharded
+        )
+    return Predictor.on(base, load_artifact(staged), verify_golden=False)
 
 
 def default_policy(

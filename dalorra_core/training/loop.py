@@ -38,7 +38,7 @@ from dalorra_core.training.settings import TrainConfig
 from dalorra_core.training.step import StepLoss, TrainStep
 from dalorra_core.training.updates import Updater
 
-__all__ = ["TrainingResult", "last_step", "micro_batches", "train"]
+__all__ = ["TrainingResult", "last_step", "micro_batches", "run_identity", "train"]
 
 _LOG_EVERY = 10
 
@@ -146,7 +146,7 @@ def train(  # noqa: PLR0913  one call says all of a run
     """
     processes = Processes.of(accelerator)
     updater = Updater(module, config.optim, accelerator, processes)
-    identity = _identity(config, data, base)
+    identity = run_identity(config, data, base)
     done = _restore(module, updater.adamw, identity, run_dir, resume=resume)
     processes.check_alike(identity, done, module.params)
     run = _Run(module, updater, data, config, run_dir, accelerator, processes, done, identity)
@@ -158,15 +158,15 @@ def train(  # noqa: PLR0913  one call says all of a run
     return TrainingResult(state, run.last, time.monotonic() - started, done)
 
 
-def _identity(config: TrainConfig, data: TrainingData, base: str) -> dict[str, Any]:
+def run_identity(config: TrainConfig, data: TrainingData, base: str) -> dict[str, Any]:
     """Return what a resumed run must have in common with the first, which may lie elsewhere now.
 
     That is its settings, training rows and base model. Names and places do not count where contents
     do: the adapter's name, where the base lies, and the directory of a task's data set. Nor does
-    what changes no number: whether layers are run again for gradients.
+    what changes no number: whether layers are run again for gradients or spread over processes.
     """
     places = {"root"} if task_of(config.data) is not None else set[str]()
-    excluded = {"name": True, "data": places, "run": {"recompute"}}
+    excluded = {"name": True, "data": places, "run": {"recompute", "shard_base"}}
     settings = config.model_dump(mode="json", exclude=excluded)
     return {**settings, "base": base, "train_rows": rows_digest(data.train)}
 
@@ -296,11 +296,15 @@ class _Run:
         self.accelerator.log(values, step=step)
 
     def _evaluate(self, step: int, progress: Progress) -> None:
-        if not self.accelerator.is_main_process:
+        is_first = self.accelerator.is_main_process
+        if not (is_first or self.module.label_model.trunk.sharded):
             return
         rows = _spread(self.data.validation, self.config.run.eval_rows)
+        predictives = self._predictives(rows)
+        if not is_first:  # it only had to run the passes too
+            return
         values = {}
-        for estimator, log_probs in self._predictives(rows).items():
+        for estimator, log_probs in predictives.items():
             labels = torch.tensor([row.label for row in rows])
             report = evaluate(log_probs, labels)
             values |= {f"{estimator}/{k}": e.value for k, e in report.metrics.items()}

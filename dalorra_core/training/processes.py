@@ -48,7 +48,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and its companions, each with a copy of the adapter and of the base model.
+    """This process and its companions, each with a copy of the adapter.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -68,8 +68,8 @@ class Processes:
         kind = accelerator.distributed_type
         if kind not in _PLAIN:
             raise ConfigError(
-                "training runs in processes that hold the whole model each: the launcher must ask "
-                f"for plain processes on CPUs or GPUs, got {kind.value}"
+                "training runs in processes with the whole model, or with run.shard_base: the "
+                f"launcher must ask for plain processes on CPUs or GPUs, got {kind.value}"
             )
         return cls(accelerator.process_index, accelerator.num_processes)
 
@@ -135,7 +135,20 @@ class Processes:
         if self.count == 1:
             return
         stored = {name: value.detach().cpu().contiguous() for name, value in params.items()}
-        own = {**identity, "step": step, "parameters": hashlib.sha256(save(stored)).hexdigest()}
+        digest = hashlib.sha256(save(stored)).hexdigest()
+        self.check_same({**identity, "step": step, "parameters": digest})
+
+    def check_same(self, own: Mapping[str, Any]) -> None:
+        """Refuse to go on where the processes differ in some value.
+
+        Args:
+            own: This process's values by name, as JSON values.
+
+        Raises:
+            ConfigError: In every process, naming what differs.
+        """
+        if self.count == 1:
+            return
         found: list[Any] = [None] * self.count
         with self._together():
             distributed.all_gather_object(found, own)

@@ -17,13 +17,15 @@ from dalorra_core.base_models.loading import load_tokenizer, pick_device, pick_d
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods import METHODS
 from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.matching import BaseIdentity
 from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.training.existing import check_is_fitted, load_trained
 from dalorra_core.training.finishing import finished, manifest_of
+from dalorra_core.training.loop import run_identity
 from dalorra_core.training.members import fit_after_training, train_members
 from dalorra_core.training.peft_factors import starting_factors
-from dalorra_core.training.prepare import TrainingData, prepare_training_data
+from dalorra_core.training.prepare import TrainingData, prepare_training_data, rows_digest
 from dalorra_core.training.processes import PATIENCE, Processes
 from dalorra_core.training.settings import TrainConfig
 
@@ -52,7 +54,7 @@ def run_training(  # noqa: PLR0913  options by name
         from_adapter: Artifact of the adapter that this run would train first, for a method that
             is fitted afterwards; None trains it.
         base: The base model of ``config`` with its device, precision and attention, where it is in
-            memory already; None loads it.
+            memory already, as it is there; None loads it.
         report: Called with lines for the user.
 
     Returns:
@@ -71,11 +73,7 @@ def run_training(  # noqa: PLR0913  options by name
     identity = identify(config.base) if base is None else base.identity
     tokenizer = load_tokenizer(identity.directory) if base is None else base.tokenizer
     data = prepare_training_data(config.data, tokenizer)  # before the slow part
-    if base is None:
-        run = config.run
-        base = SharedBase.load(
-            identity, device=run.device, dtype=run.precision, attention=run.attention
-        )
+    base = base or _loaded(identity, config, data, Processes.of(accelerator))
     label_model, specs = _build(config, base, data)
     METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
     start = starting_factors(config.adapter, base.trunk.model, specs, data.label_set.token_ids)
@@ -102,17 +100,20 @@ def run_training(  # noqa: PLR0913  options by name
     else:
         stored, result = load_trained(from_adapter, config, identity, data, specs)
         origin = {"from_adapter": {"name": stored.manifest.name, "sha256": stored.sha256}}
-    accelerator.end_training()
-    if accelerator.is_main_process:
+    if not base.trunk.sharded:  # otherwise all run what the first would run alone
+        accelerator.end_training()
+    if base.trunk.sharded or accelerator.is_main_process:
         result = fit_after_training(label_model, data, config, result, report)
         manifest = manifest_of(config, base, data, specs, result, origin)
-        staged = run_dir / "artifact"  # nobody sees an adapter without its policy and probes
+        staged = run_dir / f"artifact-{accelerator.process_index}"
         save_artifact(staged, manifest, pack_tensors(result.state.params), overwrite=True)
-        del label_model
-        updated = finished(staged, config, base, data, report)
-        tensors = pack_tensors(load_artifact(staged).tensors)
-        save_artifact(output, updated, tensors, overwrite=overwrite)
+        manifest = finished(staged, config, base, data, report)
+        if accelerator.is_main_process:  # nobody sees an adapter without its policy and probes
+            tensors = pack_tensors(load_artifact(staged).tensors)
+            save_artifact(output, manifest, tensors, overwrite=overwrite)
         shutil.rmtree(staged)
+    if base.trunk.sharded:
+        accelerator.end_training()
     return output
 
 
@@ -138,6 +139,26 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
             f"{config.optim.batch_size}"
         )
     return accelerator
+
+
+def _loaded(
+    identity: BaseIdentity, config: TrainConfig, data: TrainingData, processes: Processes
+) -> SharedBase:
+    """Load the base model, spread over the processes where the settings say so.
+
+    Processes that differ in anything that passes depend on would then wait for one another.
+    """
+    run = config.run
+    held_out = rows_digest(data.validation) if run.shard_base else None
+    own = run_identity(config, data, identity.fingerprint)
+    processes.check_same({**own, "run.shard_base": run.shard_base, "validation_rows": held_out})
+    return SharedBase.load(
+        identity,
+        device=run.device,
+        dtype=run.precision,
+        attention=run.attention,
+        sharded=run.shard_base and processes.count > 1,
+    )
 
 
 def _silent(_: str) -> None:

@@ -3,9 +3,11 @@
 Started with what a launcher sets (RANK, WORLD_SIZE ...). A job is {"config", "run", "resume"} and
 may have "rank_1", settings that process 1 gets in place of its own, and "dies_at", the step before
 which process 1 is killed. Errors are written to RUN/error-RANK.txt, parameters to
-RUN/params-RANK.safetensors.
+RUN/params-RANK.safetensors, and what the process holds of the base model after the last step to
+RUN/base-RANK.json.
 """
 
+import gc
 import json
 import os
 import signal
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dalorra_core.errors import DalorraError
@@ -60,9 +63,32 @@ def _keep_parameters(file: Path) -> None:
     def kept(*args: Any, **options: Any) -> TrainingResult:
         result: TrainingResult = train(*args, **options)
         save_file(dict(result.state.params), file)
+        held = json.dumps(_held(args[0].trunk.model))
+        file.with_name(file.stem.replace("params", "base") + ".json").write_text(held)
         return result
 
     run.train_members = kept
+
+
+def _held(model: nn.Module) -> dict[str, Any]:
+    """Return the bytes of the layers, in this process and in all, and whole matrices of MLPs.
+
+    The last are found among everything that is alive, so that nothing gathered is overlooked; no
+    part of another matrix has their shape.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if ".layers." in name]
+    layers = [p for _, p in named]
+    wide = {p.shape for name, p in named if ".mlp." in name}
+    gc.collect()  # models of jobs before
+    gathered = [
+        str(tuple(one.shape))
+        for one in gc.get_objects()
+        if type(one) in (Tensor, nn.Parameter) and one.shape in wide
+        if one.untyped_storage().nbytes() > 0
+    ]
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in layers)
+    whole = sum(p.numel() * p.element_size() for p in layers)
+    return {"here": here, "whole": whole, "gathered": gathered}
 
 
 def _die_before(step: int) -> None:

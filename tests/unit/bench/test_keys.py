@@ -79,9 +79,10 @@ def test_other_settings_are_another_run(plan: Plan, groups: dict[str, Any]) -> N
     assert plan(methods=one_method(**groups))[0][0].key != before
 
 
-def test_what_changes_no_number_is_no_other_run(plan: Plan) -> None:
+@pytest.mark.parametrize("setting", ["recompute", "shard_base"])
+def test_what_changes_no_number_is_no_other_run(plan: Plan, setting: str) -> None:
     before = plan(methods=one_method())[0][0].key
-    assert plan(methods=one_method(run={"recompute": True}))[0][0].key == before
+    assert plan(methods=one_method(run={setting: True}))[0][0].key == before
 
 
 def test_other_seeds_rows_and_base_models_are_other_runs(

@@ -155,5 +155,5 @@ def test_a_launcher_that_shards_the_model_is_refused() -> None:
     class Sharding:
         distributed_type = DistributedType.FSDP
 
-    with pytest.raises(ConfigError, match=r"hold the whole model each.*got FSDP"):
+    with pytest.raises(ConfigError, match=r"with the whole model.*got FSDP"):
         Processes.of(cast("Any", Sharding()))
