@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dalorra_core.adapters.inject import decoder_of
 from dalorra_core.base_models.loading import load_model
-from dalorra_core.errors import BaseModelError
+from dalorra_core.errors import BaseModelError, ConfigError
 
 __all__ = ["load_sharded", "shard_layers"]
 
@@ -41,7 +41,13 @@ def load_sharded(
 
     Raises:
         BaseModelError: It cannot be loaded, or not be spread.
+        ConfigError: This torch cannot do that on a CPU.
     """
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ConfigError(
+            "run.shard_base must be false on a CPU with this torch, whose FSDP2 needs a GPU: "
+            f"2.7 can do it, this is {torch.__version__}"
+        )
     model: nn.Module | None = None
     own_turn = get_node_local_rank(fallback_rank=distributed.get_rank())
     for turn in range(distributed.get_world_size()):
