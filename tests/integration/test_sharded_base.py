@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.training.settings import TrainConfig
 from tests.integration.test_distributed_training import (
     EPOCH,
+    LAUNCHERS,
     METHODS,
     alone,
     assert_near,
+    ended,
+    free_port,
+    launched,
     newest,
     together,
 )
@@ -73,6 +78,7 @@ def runs(tasks: dict[str, TinyTask], tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(folder / "one", folder / "one-then-two")
     shutil.rmtree(folder / "one-then-two" / "checkpoints" / "step-00000011")
     by_two("one-then-two", config(tasks["llama"], sharded=True), resume=True)
+    by_two("watched", config(tasks["llama"], sharded=True), watched=True)
     other = config(tasks["llama"], sharded=False).model_dump(mode="json")
     by_two("unlike", config(tasks["llama"], sharded=True), rank_1=other)
     for status, output in together(jobs):
@@ -107,10 +113,16 @@ def test_each_process_holds_half_of_the_layers(runs: Path, case: str) -> None:
     for rank in range(2):
         held = json.loads((runs / f"{case}-sharded" / f"base-{rank}.json").read_text())
         assert held["here"] * 2 == held["whole"]
-        assert held["gathered"] == []
+        assert held["gathered"] == 0
         held = json.loads((runs / f"{case}-whole" / f"base-{rank}.json").read_text())
         assert held["here"] == held["whole"]
-        assert len(held["gathered"]) == 6  # three of each layer's MLP
+        assert held["gathered"] == 6  # three of each layer's MLP
+
+
+def test_one_layer_is_whole_at_a_time_forward_and_backward(runs: Path) -> None:
+    for rank in range(2):
+        held = json.loads((runs / "watched" / f"base-{rank}.json").read_text())
+        assert held["in_passes"] == [3]
 
 
 def test_two_processes_take_the_steps_of_one(runs: Path) -> None:
@@ -143,6 +155,24 @@ def test_a_process_that_dies_in_the_middle_of_a_pass_ends_the_others(
     assert (status, killed) == (1, -signal.SIGKILL)
     assert "all_gather" in said  # where torch noticed
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_runs_under_a_launcher(tasks: dict[str, TinyTask], tmp_path: Path) -> None:
+    script, settings = tmp_path / "dalorra.py", tmp_path / "run.json"
+    script.write_text("from server.cli import main\n\nmain()\n")
+    settings.write_text(config(tasks["llama"], sharded=False).model_dump_json())
+    launcher = [sys.executable, "-m", *LAUNCHERS["torchrun"].split(), free_port(), str(script)]
+    where = ["-o", str(tmp_path / "out"), "--run-dir", str(tmp_path / "run")]
+    command = ["train", "-c", str(settings), "-s", "run.shard_base=true", *where]
+    status, output = ended(launched([*launcher, *command]))
+    assert status == 0, output
+    assert output.count("; try: dalorra inspect") == 1
+    made: Any = load_artifact(tmp_path / "out").manifest.provenance["config"]
+    assert made["run"]["shard_base"] is True
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+    ]
 
 
 def test_a_server_reproduces_what_halves_answered(runs: Path, tasks: dict[str, TinyTask]) -> None:

@@ -1,10 +1,10 @@
 """One of several processes that train together: does a list of jobs, one after the other.
 
 Started with what a launcher sets (RANK, WORLD_SIZE ...). A job is {"config", "run", "resume"} and
-may have "rank_1", settings that process 1 gets in place of its own, and "dies_at", the step before
-which process 1 is killed. Errors are written to RUN/error-RANK.txt, parameters to
-RUN/params-RANK.safetensors, and what the process holds of the base model after the last step to
-RUN/base-RANK.json.
+may have "rank_1", settings that process 1 gets in place of its own, "dies_at", the step before
+which process 1 is killed, and "watched", to count what is whole in every pass. Errors are written
+to RUN/error-RANK.txt, parameters to RUN/params-RANK.safetensors, and what the process holds of the
+base model after the last step to RUN/base-RANK.json.
 """
 
 import gc
@@ -35,7 +35,7 @@ def main(rank: int, jobs: list[dict[str, Any]]) -> None:
     setattr(Accelerator, "end_training", _stay)  # noqa: B010  it would part the processes
     for job in jobs:
         folder = Path(job["run"])
-        _keep_parameters(folder / f"params-{rank}.safetensors")
+        _keep_parameters(folder / f"params-{rank}.safetensors", watched="watched" in job)
         if rank == 1 and "dies_at" in job:
             _die_before(job["dies_at"])
         values = job["rank_1"] if rank == 1 and "rank_1" in job else job["config"]
@@ -57,38 +57,63 @@ def _stay(_: Accelerator) -> None:
     """End nothing: the next job needs the processes together."""
 
 
-def _keep_parameters(file: Path) -> None:
+def _keep_parameters(file: Path, *, watched: bool) -> None:
     train = _TRAIN
 
     def kept(*args: Any, **options: Any) -> TrainingResult:
+        model, counts = args[0].trunk.model, list[int]()
+        if watched:
+            _watch(model, counts)
         result: TrainingResult = train(*args, **options)
         save_file(dict(result.state.params), file)
-        held = json.dumps(_held(args[0].trunk.model))
-        file.with_name(file.stem.replace("params", "base") + ".json").write_text(held)
+        held = {**_held(model), "in_passes": sorted(set(counts))}
+        file.with_name(file.stem.replace("params", "base") + ".json").write_text(json.dumps(held))
         return result
 
     run.train_members = kept
 
 
 def _held(model: nn.Module) -> dict[str, Any]:
-    """Return the bytes of the layers, in this process and in all, and whole matrices of MLPs.
+    """Return the bytes of the layers, in this process and in all, and the number of whole matrices.
 
-    The last are found among everything that is alive, so that nothing gathered is overlooked; no
-    part of another matrix has their shape.
+    Args:
+        model: The base model.
     """
-    named = [(name, p) for name, p in model.named_parameters() if ".layers." in name]
-    layers = [p for _, p in named]
-    wide = {p.shape for name, p in named if ".mlp." in name}
+    layers = [p for name, p in model.named_parameters() if ".layers." in name]
     gc.collect()  # models of jobs before
-    gathered = [
-        str(tuple(one.shape))
-        for one in gc.get_objects()
-        if type(one) in (Tensor, nn.Parameter) and one.shape in wide
-        if one.untyped_storage().nbytes() > 0
-    ]
     here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in layers)
     whole = sum(p.numel() * p.element_size() for p in layers)
-    return {"here": here, "whole": whole, "gathered": gathered}
+    return {"here": here, "whole": whole, "gathered": _whole_matrices(_shapes(model))}
+
+
+def _shapes(model: nn.Module) -> set[torch.Size]:
+    """Return the shapes of the matrices of MLPs, which no part of another one has."""
+    return {
+        p.shape for name, p in model.named_parameters() if ".layers." in name and ".mlp." in name
+    }
+
+
+def _whole_matrices(shapes: set[torch.Size]) -> int:
+    """Return how many have memory, among all that is alive: nothing gathered is overlooked."""
+    return sum(
+        one.untyped_storage().nbytes() > 0
+        for one in gc.get_objects()
+        if type(one) in (Tensor, nn.Parameter) and one.shape in shapes
+    )
+
+
+def _watch(model: nn.Module, counts: list[int]) -> None:
+    """Count whole matrices whenever an MLP has run, forward or backward."""
+    shapes = _shapes(model)
+    gc.collect()
+
+    def count(*_: Any) -> None:
+        counts.append(_whole_matrices(shapes))
+
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.act_fn"):
+            module.register_forward_hook(count)
+            module.register_full_backward_hook(count)
 
 
 def _die_before(step: int) -> None:
