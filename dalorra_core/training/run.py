@@ -73,7 +73,7 @@ def run_training(  # noqa: PLR0913  options by name
     identity = identify(config.base) if base is None else base.identity
     tokenizer = load_tokenizer(identity.directory) if base is None else base.tokenizer
     data = prepare_training_data(config.data, tokenizer)  # before the slow part
-    base = base or _loaded(identity, config, data, Processes.of(accelerator))
+    base = base or _loaded(identity, config, data, Processes.of(accelerator), from_adapter)
     label_model, specs = _build(config, base, data)
     METHODS[config.method.name].shapes(specs, config.adapter.r, config.method)  # or says why not
     start = starting_factors(config.adapter, base.trunk.model, specs, data.label_set.token_ids)
@@ -142,16 +142,21 @@ def _accelerator(config: TrainConfig, run_dir: Path) -> Accelerator:
 
 
 def _loaded(
-    identity: BaseIdentity, config: TrainConfig, data: TrainingData, processes: Processes
+    identity: BaseIdentity,
+    config: TrainConfig,
+    data: TrainingData,
+    processes: Processes,
+    from_adapter: Path | None,
 ) -> SharedBase:
     """Load the base model, spread over the processes where the settings say so.
 
     Processes that differ in anything that passes depend on would then wait for one another.
     """
     run = config.run
-    held_out = rows_digest(data.validation) if run.shard_base else None
     own = run_identity(config, data, identity.fingerprint)
-    processes.check_same({**own, "run.shard_base": run.shard_base, "validation_rows": held_out})
+    own |= {"run.shard_base": run.shard_base, "from_adapter": from_adapter is not None}
+    own["validation_rows"] = rows_digest(data.validation) if run.shard_base else None
+    processes.check_same(own)
     return SharedBase.load(
         identity,
         device=run.device,
