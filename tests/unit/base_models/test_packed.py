@@ -64,6 +64,17 @@ def test_only_float32_layers_of_a_model_are_packed() -> None:
     ]
 
 
+def stays_plain(monkeypatch: pytest.MonkeyPatch, layer: object) -> bool:
+    """Say whether a model's layer stays as it is where a packed one is made by ``layer``."""
+    model = nn.Sequential(linear())
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "PackedLinear", layer)
+        packed._works.cache_clear()
+        pack_linears(model)
+    packed._works.cache_clear()
+    return type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError])
 def test_without_the_operators_layers_stay_plain(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
@@ -71,12 +82,7 @@ def test_without_the_operators_layers_stay_plain(
     def missing(*_: object) -> Tensor:
         raise error("no such operator")
 
-    monkeypatch.setattr(packed, "PackedLinear", missing)
-    packed._works.cache_clear()
-    model = nn.Sequential(linear())
-    pack_linears(model)
-    assert type(model[0]) is nn.Linear
-    packed._works.cache_clear()
+    assert stays_plain(monkeypatch, missing)
 
 
 def test_operators_that_compute_something_else_are_not_used(
@@ -90,9 +96,4 @@ def test_operators_that_compute_something_else_are_not_used(
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002
             return super().forward(input) + 1
 
-    monkeypatch.setattr(packed, "PackedLinear", Wrong)
-    packed._works.cache_clear()
-    model = nn.Sequential(linear())
-    pack_linears(model)
-    assert type(model[0]) is nn.Linear
-    packed._works.cache_clear()
+    assert stays_plain(monkeypatch, Wrong)
