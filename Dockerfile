@@ -74,4 +74,4 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/live', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["dalorra"]
-CMD ["serve", "adapters/clinc150", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["serve", "adapters/clinc150-fast", "--host", "0.0.0.0", "--port", "8000"]

@@ -3,7 +3,7 @@
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
-ADAPTER ?= adapters/clinc150
+ADAPTER ?= adapters/clinc150-fast
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 4
 SOAK_MINUTES ?= 20

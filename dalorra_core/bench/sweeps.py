@@ -121,19 +121,22 @@ def _around(run: _Run) -> list[Any]:
 
 def _curves(runs: Sequence[_Run], key: str, learned: _Learned | None) -> tuple[Curve, ...]:
     points: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    firsts: dict[str, tuple[str, _Run]] = {}
+    members: dict[str, list[_Run]] = defaultdict(list)
+    kinds: dict[str, str] = {}
     for run in runs:
         x = _place(run, key)
         if x is None:
             continue
         for rest, kind in _apart(run, key):
             points[rest][x].append(run.value)
-            firsts.setdefault(rest, (_name(run, key) + kind, run))
+            members[rest].append(run)
+            kinds[rest] = kind
     curves: list[Curve] = []
     for rest, of_x in points.items():
-        xs, (name, first) = sorted(of_x), firsts[rest]
+        xs = sorted(of_x)
         if len(xs) >= _LEAST_POINTS:
-            reference = None if learned is None else learned.beside(runs, first)
+            name = _name(members[rest], key) + kinds[rest]
+            reference = None if learned is None else learned.beside(runs, members[rest][0])
             curves.append(Curve(name, tuple(xs), tuple(_score(of_x[x]) for x in xs), reference))
     return tuple(curves)
 
@@ -174,12 +177,18 @@ def _apart(run: _Run, key: str) -> list[tuple[str, str]]:
     ]
 
 
-def _name(run: _Run, key: str) -> str:
-    """Return a curve's name; entries of one task have names of their own when its rows vary."""
-    result = run.result
+def _name(runs: Sequence[_Run], key: str) -> str:
+    """Return the name of a curve of these runs: method and task.
+
+    Each value may have an entry of its own in the grid. Then the method is called what it is called
+    everywhere, and a task whose rows vary what its source is.
+    """
+    first = runs[0]
+    alike = len({run.result.label for run in runs}) == 1
+    method = first.result.label if alike else first.settings["method"]["name"]
     if not key.startswith("data."):
-        return f"{result.label} / {result.task}"
-    return f"{result.label} / {run.settings['data']['source'].removeprefix(TASK_PREFIX)}"
+        return f"{method} / {first.result.task}"
+    return f"{method} / {first.settings['data']['source'].removeprefix(TASK_PREFIX)}"
 
 
 def _text(values: Any) -> str:

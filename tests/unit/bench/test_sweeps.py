@@ -135,7 +135,7 @@ def test_random_masking_stands_beside_learned_masking() -> None:
     assert [one.get_ydata() for one in accuracy.lines if one.get_linestyle() == "--"] == [
         [pytest.approx(70), pytest.approx(70)]
     ]
-    assert legend_of(figure) == ["K = 1 / sst2", "dashed: learned (DALorRA)"]
+    assert legend_of(figure) == ["rank_dropout / sst2", "dashed: learned (DALorRA)"]
     assert figure.get_suptitle() == "learned against random masking"
     alone = drawn(masks)["sweep-method-num-dropped"]
     assert legend_of(alone) == ["K = 1 / sst2"]
