@@ -125,7 +125,10 @@ def attack(name: str, server: ServerProcess, session: requests.Session, **header
             response = case.call(
                 base_url=f"http://127.0.0.1:{server.port}", session=session, headers=headers
             )
-            case.validate_response(response, checks=CHECKS, headers=headers)
+            # A case may ask for an answer within a millisecond, and is told that there was none.
+            hurried = response.status_code == 504 and "X-Request-Timeout-Ms" in (case.headers or {})
+            checks = [c for c in CHECKS if not (hurried and c is not_a_server_error)]
+            case.validate_response(response, checks=checks, headers=headers)
             check_problem(response)
 
         try:
