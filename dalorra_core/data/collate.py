@@ -59,10 +59,12 @@ class TokenBatch:
             stem_layer=self.stem_layer,
         )
 
-    def picked(self, places: Sequence[int]) -> "TokenBatch":
-        """Return the rows at some places, in their order, padded to the longest of them."""
+    def picked(self, places: Sequence[int], longest: int) -> "TokenBatch":
+        """Return the rows at some places, in their order, padded to ``longest`` tokens.
+
+        The caller knows the longest of them; to ask the device would wait for it.
+        """
         index = torch.tensor(places, dtype=torch.int64, device=self.input_ids.device)
-        longest = int(self.last_index[index].max()) + 1
         return TokenBatch(
             input_ids=self.input_ids[index, :longest],
             last_index=self.last_index[index],

@@ -312,7 +312,9 @@ class _Part:
         index = [i for i, n in enumerate(self.places) if n in kept]
         if len(index) == len(self.places):
             return self
-        return replace(self, places=[self.places[i] for i in index], batch=self.batch.picked(index))
+        part = replace(self, places=[self.places[i] for i in index])
+        longest = max(len(self.sheet.group.rows[i].token_ids) for i in part.rows)
+        return replace(part, batch=self.batch.picked(index, longest))
 
     def with_pack(self, start: int, stop: int) -> PackedRows:
         """Return the rows with samples ``start`` to ``stop - 1``."""
