@@ -29,6 +29,7 @@ from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.readers import read_jsonl
 from dalorra_core.metrics.uncertainty import mean_probs
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.sampling.designs import DESIGNS as DESIGN_NAMES
 
 DETERMINISTIC = "mean_mask"
 DESIGNS = "designs"
@@ -50,6 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=int, default=512, help="samples of the reference")
     parser.add_argument("--packs", type=int, default=8, help="packs of every M and design")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 10], help="M to show")
+    parser.add_argument(
+        "--designs",
+        nargs="*",
+        choices=DESIGN_NAMES,
+        default=[],
+        help="designs that the further estimators are tried with, beside independent samples",
+    )
     parser.add_argument(
         "--thresholds",
         type=float,
@@ -84,6 +92,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         options.packs,
         tuple(sorted(options.sizes)),
         tuple(options.thresholds),
+        tuple(options.designs),
     )
     found: dict[str, Any] = describe_run(predictor)
     if DESIGNS in names:

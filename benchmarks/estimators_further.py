@@ -10,6 +10,7 @@ All are judged on the same packs of independent samples, so that what an estimat
 hidden by the luck of its samples: every error is given as a share of that of the whole packs.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from dalorra_core.calibration.estimator_errors import (
     squared_errors_of,
     squared_mean_errors,
 )
+from dalorra_core.config import Design
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.errors import ConfigError
 from dalorra_core.methods.method import Draw
@@ -62,6 +64,8 @@ class Request:
         packs: R packs of as many samples as the largest size.
         sizes: M to show, ascending; the first M samples of a pack.
         thresholds: Of decisions on the confidence.
+        designs: Ways to draw samples together that are tried beside independent ones, in R packs of
+            each size for themselves.
     """
 
     names: tuple[str, ...]
@@ -69,6 +73,7 @@ class Request:
     packs: int
     sizes: tuple[int, ...]
     thresholds: tuple[float, ...]
+    designs: tuple[Design, ...] = ()
 
 
 def applicable(predictor: Predictor) -> tuple[str, ...]:
@@ -144,6 +149,21 @@ def _exact_head(packs: _Packs) -> dict[str, Errors]:
     return {f"exact_head {m}": packs.errors([h.first(m) for h in packs.heads]) for m in sizes}
 
 
+def _designed(packs: _Packs) -> dict[str, Errors]:
+    """Return the errors of the packs of other designs, and with the head's gates summed out."""
+    answers, reference, found = packs.answers, packs.reference, dict[str, Errors]()
+    for design, m in itertools.product(packs.request.designs, packs.request.sizes):
+        plans = [SamplingPlan(m, 3_000_000 + r, design=design) for r in range(packs.request.packs)]
+        if packs.heads:
+            heads = [answers.exact_head(plan) for plan in plans]
+            found[f"exact_head, {design} {m}"] = packs.errors(heads)
+            own = torch.stack([head.log_probs for head in heads])
+        else:
+            own = torch.stack([answers.of(plan) for plan in plans])
+        found[f"{design} {m}"] = squared_errors(reference, own)
+    return found
+
+
 def _blend(packs: _Packs) -> dict[str, Errors]:
     found: dict[str, Errors] = {}
     for m in packs.request.sizes:
@@ -206,6 +226,7 @@ def further_errors(
     found["mean_mask"] = squared_mean_errors(packs.reference, packs.answers.mean_mask[None])
     for name in request.names:
         found |= _ERRORS_OF[name](packs)
+    found |= _designed(packs)
     stops = packs.stops if "adaptive" in request.names else {}
     return {
         "rows": len(rows),

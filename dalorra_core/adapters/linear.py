@@ -28,24 +28,25 @@ def low_rank_delta(h: Tensor, module: ModulePack, num_samples: int, scaling: flo
     Source:
         docs/method.md, eq. (1).
     """
-    u = _core_features(h, module, num_samples, scaling)  # (M*B, ..., r)
+    u = scaling * _core_features(h, module, num_samples)  # (M*B, ..., r)
     return _apply(u, module.lora_B.to(h.dtype), num_samples)  # (M*B, ..., d_out)
 
 
-def _core_features(h: Tensor, module: ModulePack, num_samples: int, scaling: float) -> Tensor:
-    """Return ``s * core(z * (A before(h) + beside(h)))``, (M*B, ..., r)."""
+def _core_features(h: Tensor, module: ModulePack, num_samples: int) -> Tensor:
+    """Return ``core(z * (A before(h) + beside(h)))``, (M*B, ..., r)."""
     u = _rank_features(h, module, num_samples)
-    before_core = scaling if module.core is None else 1.0  # a core need not be linear
-    if module.z is None:
-        u = u * before_core
-    else:
-        gate = module.z.to(h.dtype) * before_core  # (M or 1, r) or (M, B, r)
-        middle = [1] * (u.dim() + 1 - gate.dim())
-        shape = (*gate.shape[:-1], *middle, gate.shape[-1])
-        u = (unfold(u, num_samples) * gate.view(shape)).flatten(0, 1)
+    if module.z is not None:
+        gate = module.z.to(h.dtype)  # (M or 1, r) or (M, B, r)
+        u = u * gate if gate.shape[:-1] == (1,) else _gated(u, gate)
     if module.core is not None:
-        u = module.core(unfold(u, num_samples)).flatten(0, 1) * scaling
+        u = module.core(unfold(u, num_samples)).flatten(0, 1)
     return u
+
+
+def _gated(u: Tensor, gate: Tensor) -> Tensor:
+    """Return the rank features (M*B, ..., r) of each sample, or row of it, by its own gates."""
+    runs = u.reshape(*gate.shape[:-1], -1, gate.shape[-1])  # (M, B*..., r) or (M, B, ..., r)
+    return (runs * gate.unsqueeze(-2)).view(u.shape)
 
 
 def _rank_features(h: Tensor, module: ModulePack, num_samples: int) -> Tensor:
@@ -100,7 +101,7 @@ def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
     """Return ``out`` with one pack's part added to its rows; changes ``out`` when not all are."""
     module, m, scaling, share = loan
     if share is None:
-        return _plus_up(out, _core_features(h, module, m, scaling), module.lora_B, m)
+        return _plus_up(out, _core_features(h, module, m), module.lora_B, scaling)
     copies = len(h) // share.of  # M; or 1, in layers that all samples share
     own = unfold(h, copies)[:, share.rows].flatten(0, 1)  # (copies*B_g, ..., d_in)
     delta = low_rank_delta(own, module, m, scaling)
@@ -108,17 +109,18 @@ def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
     return out
 
 
-def _plus_up(out: Tensor, u: Tensor, up: Tensor, num_samples: int) -> Tensor:
-    """Return ``out + B_m u`` from one product that begins at ``out``, (M*B, ..., d_out).
+def _plus_up(out: Tensor, u: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """Return ``out + s B_m u`` from one product that begins at ``out``, (M*B, ..., d_out).
 
     What it adds never stands in memory by itself, and without gradients neither does a copy of
-    ``out``: on a CPU such passes over activations cost more than the product.
+    ``out``: on a CPU such passes over activations cost more than the product. A short question is
+    through so many layers that views count too.
     """
     u, up = u.to(out.dtype), up.to(out.dtype).transpose(1, 2)  # (1 or M, r, d_out)
     if len(up) == 1:
-        rows, product = out.view(-1, out.shape[-1]), torch.addmm
-        if not torch.is_grad_enabled():
-            product = Tensor.addmm_
-        return product(rows, u.flatten(0, -2), up[0]).view(out.shape)
-    rows = unfold(out, num_samples).flatten(1, -2)  # (M, B*..., d_out)
-    return torch.baddbmm(rows, unfold(u, num_samples).flatten(1, -2), up).view(out.shape)
+        rows = out.view(-1, out.shape[-1])
+        product = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        return product(rows, u.view(-1, u.shape[-1]), up[0], alpha=scaling).view(out.shape)
+    m = len(up)
+    rows = unfold(out, m).flatten(1, -2)  # (M, B*..., d_out)
+    return torch.baddbmm(rows, unfold(u, m).flatten(1, -2), up, alpha=scaling).view(out.shape)

@@ -105,7 +105,7 @@ class ModulePack:
         """The transforms that are there."""
         return (t for t in (self.before, self.beside, self.core) if t is not None)
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether the module is one function, the same for all samples, and shows it."""
         parts = (self.lora_A, self.lora_B, self.z)
@@ -274,4 +274,4 @@ def fold(x: Tensor, num_samples: int) -> Tensor:
 
 def unfold(x: Tensor, num_samples: int) -> Tensor:
     """Undo the folding of rows: (M*B, ...) to (M, B, ...)."""
-    return x.unflatten(0, (num_samples, -1))
+    return x.view(num_samples, len(x) // num_samples, *x.shape[1:])
