@@ -17,7 +17,7 @@ from dalorra_core.adapters.inject import LM_HEAD
 from dalorra_core.adapters.linear import AdaptedLinear
 from dalorra_core.adapters.pack import MaybePositionless, SamplePack, fold
 
-__all__ = ["can_shorten", "needs_every_position", "shortened_to"]
+__all__ = ["can_shorten", "needs_every_position", "rotated", "shortened_to"]
 
 _FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
 """Families whose attention was read; what is known of others could not show in a short trial."""
@@ -89,11 +89,14 @@ class _LastPositions(nn.Module):
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Any:
         layer = self._layer
+        before = vars(layer).get("forward")
         layer.forward = self._shortened  # called as the layer, whose hooks may fetch its weights
         try:
             return layer(hidden_states, **options)
         finally:
             del layer.forward
+            if before is not None:
+                layer.forward = before
 
     def _shortened(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any
@@ -123,8 +126,8 @@ class _LastPositions(nn.Module):
             query, key = part.q_norm(query), part.k_norm(key)
         turn = (cos[0, self._last].unsqueeze(1), sin[0, self._last].unsqueeze(1))
         found = F.scaled_dot_product_attention(
-            _rotated(query, *turn),
-            _rotated(key, cos, sin),
+            rotated(query, *turn),
+            rotated(key, cos, sin),
             value,
             attn_mask=self._seen(normed.shape[1]),
             scale=part.scaling,
@@ -166,7 +169,7 @@ def _at(x: Tensor, here: Tensor) -> Tensor:
     return x[torch.arange(len(here), device=here.device), here].unsqueeze(1)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return (N, H, T, d_head) turned by the angles of its positions, (N, T, d_head)."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)

@@ -6,10 +6,12 @@ from typing import Any, Literal, Self
 
 import torch
 
+from dalorra_core.adapters.inject import decoder_of
 from dalorra_core.base_models.fingerprint import fingerprint
 from dalorra_core.base_models.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from dalorra_core.base_models.packed import pack_linears
 from dalorra_core.base_models.resolve import resolve_base_model
+from dalorra_core.predictive.lean_layers import make_lean
 from dalorra_core.predictive.matching import BaseIdentity, tokenizer_sha256
 from dalorra_core.predictive.memory import tokens_within
 from dalorra_core.predictive.pass_size import tried_tokens
@@ -78,7 +80,8 @@ class SharedBase:
             pass_tokens: Padded tokens (M * B * T) of a forward pass, where that is smaller; None
                 leaves it to the device. auto tries several sizes on a CPU, in some 3 seconds:
                 answers then differ from start to start, in what rounding allows.
-            packed: For inference alone: linear layers as ``pack_linears`` makes them.
+            packed: For inference alone: linear layers as ``pack_linears`` makes them, layers of the
+                decoder as ``make_lean`` does.
             sharded: Spread its layers over the processes of the group, which all have to call this.
 
         Raises:
@@ -94,6 +97,7 @@ class SharedBase:
         model = load(identity.directory, where, pick_dtype(dtype, where), attention)
         if packed:
             pack_linears(model)
+            make_lean(decoder_of(model))
         tokenizer = load_tokenizer(identity.directory)
         real: torch.dtype = next(model.parameters()).dtype
         trunk, most = Trunk(model, sharded=sharded), padded_token_limit(where)

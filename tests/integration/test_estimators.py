@@ -95,13 +95,13 @@ def test_the_others_are_judged_on_equal_samples(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_other_designs_have_packs_of_their_own(tmp_path: Path) -> None:
-    found = further(tmp_path, "--estimators", "exact_head", "--designs", "stratified")
+    found = further(tmp_path / "head", "--estimators", "exact_head", "--designs", "stratified")
     shares = found["on_equal_samples"]["shares"]
     for name in ("stratified", "exact_head, stratified"):
         assert {f"{name} 2", f"{name} 6"} < set(shares)
         assert shares[f"{name} 2"]["mean"] > shares[f"{name} 6"]["mean"]
     assert shares["exact_head, stratified 6"]["mean"] < shares["stratified 6"]["mean"] < 1
-    plain = further(tmp_path, "--estimators", "blend", "--designs", "stratified")
+    plain = further(tmp_path / "plain", "--estimators", "blend", "--designs", "stratified")
     again = plain["on_equal_samples"]["shares"]
     assert "exact_head, stratified 2" not in again
     assert again["stratified 6"]["mean"] == pytest.approx(shares["stratified 6"]["mean"], rel=1e-3)

@@ -64,6 +64,73 @@ def test_only_float32_layers_of_a_model_are_packed() -> None:
     ]
 
 
+class Attention(nn.Module):
+    """Three layers of one input, as a model names them, and one of another."""
+
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = linear(37, 24, bias=bias), linear(24, 37, bias=bias)
+        self.k_proj, self.v_proj = linear(37, 16, bias=bias), linear(37, 10, bias=bias)
+
+    def layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_share_a_product(*, bias: bool) -> None:
+    plain, packed_ones = Attention(bias=bias), Attention(bias=bias)
+    pack_linears(packed_ones)
+    x, y = torch.randn(2, 5, 37), torch.randn(2, 5, 37)
+    for one, other in zip(packed_ones.layers(), plain.layers(), strict=True):
+        assert torch.equal(one.weight, other.weight)
+    q, k, v = packed_ones.layers()
+    for layer, given in ((q, x), (k, x), (v, x), (v, y), (q, y), (q, y), (q, x), (k, x), (k, y)):
+        kind = packed_ones.layers().index(layer)
+        expected = in_float64(plain.layers()[kind], given)
+        torch.testing.assert_close(layer(given).double(), expected, rtol=1e-5, atol=1e-5)
+    o = packed_ones.o_proj
+    z = torch.randn(3, 24)
+    torch.testing.assert_close(o(z).double(), in_float64(plain.o_proj, z), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_a_part_may_be_changed_in_place_and_one_product_serves_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Attention()
+    pack_linears(model)
+    x = torch.randn(4, 37)
+    expected = [layer(x).clone() for layer in model.layers()]
+    count = 0
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def counted(*args: object) -> Tensor:
+        nonlocal count
+        count += 1
+        return product(*args)
+
+    monkeypatch.setattr(packed.torch.ops.mkldnn, "_linear_pointwise", counted)
+    model.q_proj(x).add_(1.0)
+    assert torch.equal(model.k_proj(x), expected[1])
+    assert torch.equal(model.v_proj(x), expected[2])
+    assert count == 1
+    assert torch.equal(model.q_proj(x), expected[0])  # all parts were taken: computed again
+    assert count == 2
+
+
+@needs_onednn
+def test_layers_with_unlike_inputs_or_biases_have_products_of_their_own() -> None:
+    model = Attention()
+    model.k_proj = linear(37, 16, bias=True)
+    x = torch.randn(4, 37)
+    expected = [in_float64(layer, x) for layer in model.layers()]
+    pack_linears(model)
+    for layer, value in zip(model.layers(), expected, strict=True):
+        assert type(layer) is PackedLinear
+        torch.testing.assert_close(layer(x).double(), value, rtol=1e-5, atol=1e-5)
+
+
 def stays_plain(monkeypatch: pytest.MonkeyPatch, layer: object) -> bool:
     """Say whether a model's layer stays as it is where a packed one is made by ``layer``."""
     model = nn.Sequential(linear())
