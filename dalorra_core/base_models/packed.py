@@ -4,7 +4,9 @@ A product with few rows otherwise spends its time on arranging the weight, anew 
 (docs/decisions/0034).
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -105,6 +107,7 @@ def pack_linears(model: nn.Module) -> None:
             product = _Product(layers)
             for number, (name, layer) in enumerate(zip(names, layers, strict=True)):
                 setattr(parent, name, PackedLinear(layer, product, number))
+    _hand_back()
 
 
 def _groups(layers: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
@@ -117,6 +120,12 @@ def _groups(layers: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
     ]
     grouped = {name for names in together for name in names}
     return [*together, *((name,) for name in layers if name not in grouped)]
+
+
+def _hand_back() -> None:
+    """Give freed memory back to the system: glibc keeps the places of plain weights as holes."""
+    with suppress(OSError, AttributeError):  # no other C library has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fits(weight: Tensor) -> bool:
