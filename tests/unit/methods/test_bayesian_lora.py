@@ -111,14 +111,14 @@ def test_matherons_rule_has_the_conditional_mean_and_covariance(
     inducing: int, scale: float
 ) -> None:
     dense = Dense(inducing)
-    samples = dense.samples(scale, 20_000)
+    samples = dense.samples(scale, 5000)
     assert_moments(samples, dense.mean, scale**2 * dense.conditional)
     off = dense.conditional - np.diag(np.diag(dense.conditional))
     assert np.abs(off).max() > 0.02  # weights do depend on each other
 
 
 def test_with_lambda_one_and_the_priors_inducing_weights_the_factor_has_its_prior() -> None:
-    dense, n = Dense(9), 20_000
+    dense, n = Dense(9), 5000
     v = torch.randn(n, 9, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert_moments(dense.samples(1.0, n, v), np.zeros(12), np.eye(12))
 
@@ -285,10 +285,10 @@ def test_draws_are_named_and_more_begin_with_fewer(flow: bool) -> None:
 
 
 def test_the_mean_pack_is_the_mean_of_the_samples() -> None:
-    """Each weight is linear in V and noise, so this is exact; 3,000 draws, five errors."""
+    """Each weight is linear in V and noise, so this is exact; 1,000 draws, five errors."""
     config = config_of(max_lambda=1.0, max_sd=1.0, prior_sd=2.0)
     state = state_of(config)
-    n = 3000
+    n = 1000
     drawn = factors_of(METHOD.predict_pack(state, config, Draw(("mean",), n))).double()
     mean = factors_of(METHOD.mean_pack(state, config))[0].double()
     assert ((drawn.mean(0) - mean).abs() < 5 * drawn.std(0) / math.sqrt(n)).all()
@@ -304,7 +304,7 @@ def test_the_posterior_at_the_prior_has_the_priors_scale() -> None:
         "lambda_logit": torch.full((6,), 40.0),
     }
     state = AdapterState(SPECS, RANK, 2.0, {**state.params, **at_prior})
-    n = 4000
+    n = 1500
     pack = METHOD.predict_pack(state, config, Draw(("prior",), n))
     for spec in SPECS:
         module = pack.modules[spec.name]

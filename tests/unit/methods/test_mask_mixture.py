@@ -262,10 +262,10 @@ def test_a_prediction_spreads_its_samples_over_the_components() -> None:
 
 
 def test_predicted_gates_have_the_mixtures_moments() -> None:
-    """Spread components leave each sample distributed as the mixture: over 4,000 seeds of M = 2."""
+    """Spread components leave each sample distributed as the mixture: over 1,500 seeds of M = 2."""
     config = config_of()
     state = state_of(config)
-    n = 4000
+    n = 1500
     drawn = torch.stack(
         [gates_of(MIXTURE.predict_pack(state, config, Draw(("moments", i), 2))) for i in range(n)]
     )  # (n, 2, L, r)
@@ -282,7 +282,7 @@ def test_predicted_gates_have_the_mixtures_moments() -> None:
 
 
 def test_spread_uniforms_are_uniform_one_by_one_and_even_together() -> None:
-    n = 3000
+    n = 1000
     first = torch.stack([spread_uniforms(("u", i), 6, 3) for i in range(n)])  # (n, 6)
     for m in range(6):
         assert abs(first[:, m].mean().item() - 0.5) < 5 / math.sqrt(12 * n)

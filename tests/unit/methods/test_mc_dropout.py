@@ -116,7 +116,7 @@ def test_the_output_is_the_formula() -> None:
 
 def test_mean_and_variance_of_the_rank_features() -> None:
     """u_j has mean a_j h and variance p / (1 - p) sum_i a_ji^2 h_i^2, apart for each token."""
-    n, h = 20_000, activations(1, 2)
+    n, h = 5000, activations(1, 2)
     eye = torch.eye(TINY.state.r).unsqueeze(0)
     module = replace(pack_of(CONFIG, n).modules[SPEC.name], lora_B=eye / 2.0)
     u = delta(h, module, n)[:, 0].double()  # (M, T, r)

@@ -106,7 +106,7 @@ def test_an_adapter_that_does_nothing_gets_no_noise(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("rank_of_up", [3, 1])
 def test_the_noise_is_isotropic_inside_the_span(config: TfbConfig, rank_of_up: int) -> None:
     """Cov[dW] = s^2 sigma_q^2 U U^T (x) I within five standard errors; methods.md 8."""
-    tiny, n, sigma = tiny_adapter(hidden_size=16, num_attention_heads=2, head_dim=2), 3000, 0.3
+    tiny, n, sigma = tiny_adapter(hidden_size=16, num_attention_heads=2, head_dim=2), 1000, 0.3
     name = "model.layers.0.self_attn.q_proj"
     params = dict(tiny.state.params)
     params[f"{name}.lora_B"] = params[f"{name}.lora_B"][:, :rank_of_up] @ torch.ones(rank_of_up, 3)
