@@ -54,8 +54,8 @@ pip_settings() { # KEY = VALUE lines; an environment variable wins over a file, 
     | awk '{ seen[$1] = $0 } END { for (key in seen) print seen[key] }'
 }
 
-pip_mounts() { # SOURCE lines: local indexes, with the files that lie beside them, and certificates
-  sed -n 's/^\(find-links\|cert\) = //p' "$WORK/pip.conf" | tr -s ' ' '\n' | sed -n 's|^\(file://\)\?/|/|p'
+pip_mounts() { # SOURCE lines: local indexes, with the files beside them, certificates and constraints
+  sed -n 's/^\(find-links\|cert\|constraint\) = //p' "$WORK/pip.conf" | tr -s ' ' '\n' | sed -n 's|^\(file://\)\?/|/|p'
   sed -n 's/^\(index-url\|extra-index-url\) = //p' "$WORK/pip.conf" | tr -s ' ' '\n' \
     | sed -n 's|^file:///\(.*\)/[^/]*/\?$|/\1|p'
 }
