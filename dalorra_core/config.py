@@ -13,6 +13,7 @@ __all__ = [
     "AdapterConfig",
     "DataConfig",
     "Design",
+    "Estimator",
     "MethodSettings",
     "OptimConfig",
     "PredictiveConfig",
@@ -22,6 +23,10 @@ __all__ = [
 
 
 Design = Literal["iid", "stratified", "antithetic"]
+
+Estimator = Literal["monte_carlo", "mean_mask", "linearised"]
+"""What answers: samples of the network, the network at the posterior mean, or draws of the network
+linearised in its gates there."""
 """How the M samples of a prediction are drawn together; see ``sampling/designs.py``."""
 
 
@@ -228,6 +233,11 @@ class PredictiveConfig(Settings, frozen=True):
         default=10, ge=1, le=256, description="M: posterior samples per answer."
     )
     seed: int = Field(default=0, ge=0, description="Picks the mask set.")
+    estimator: Literal["monte_carlo", "linearised"] = Field(
+        default="monte_carlo",
+        description="What answers: M samples; or draws of the network linearised in its gates, "
+        "which dalorra calibrate --plan chooses where it is nearer.",
+    )
     design: Design = Field(
         default="iid",
         description="How the M samples are drawn together: iid; stratified, one of them in every "

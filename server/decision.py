@@ -113,7 +113,7 @@ def missing_score(policy: Policy, sampling: Sampling, card: AdapterCard) -> str 
     if "combined" in names and not (card.calibration and card.calibration.has_combined):
         return "limits the combined score, but the adapter stores none"
     sampled = sorted(names & {"mutual_information", "combined"})
-    if sampled and not card.point_method and sampling.passes < 2:  # noqa: PLR2004 - the fewest
+    if sampled and not card.point_method and sampling.num_functions < 2:  # noqa: PLR2004 - the fewest
         return (
             f"limits {sampled[0]}, which needs the monte_carlo estimator with num_samples of at "
             "least 2"

@@ -250,7 +250,8 @@ def check_limits(request: ClassifyRequest, settings: Settings) -> None:
                 ),
             )
     samples = request.num_samples
-    if samples is not None and samples > settings.max_num_samples:
+    costs_passes = request.estimator != "linearised"  # whose draws cost none; see resolve_sampling
+    if costs_passes and samples is not None and samples > settings.max_num_samples:
         limit = settings.max_num_samples
         raise ApiError(
             "invalid_request",

@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
         num_samples: Posterior samples that are averaged, at least 1; ``auto`` for the adapter's
             own number, as if it were left out.
         seed: Picks the set of samples.
-        estimator: ``mean_mask`` is one deterministic pass.
+        estimator: ``mean_mask`` is one deterministic pass, ``linearised`` for few labels.
         design: How the samples are drawn together.
         truncate: Which side of a text to cut that is too long.
         top_k: How many labels ``Row.top`` shall have.
@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
     policy: str | Mapping[str, object]
     num_samples: int | Literal["auto"]
     seed: int
-    estimator: Literal["monte_carlo", "mean_mask"]
+    estimator: Literal["monte_carlo", "mean_mask", "linearised"]
     design: Literal["iid", "stratified", "antithetic"]
     truncate: Literal["none", "start", "end"]
     top_k: int

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dalorra_core.config import Design
+from dalorra_core.config import Design, Estimator
 
 __all__ = [
     "HIGHER_IS_SURER",
@@ -63,7 +63,7 @@ class ChosenOn(_Part):
     n_out_of_scope: int
     num_samples: int
     seed: int
-    estimator: Literal["monte_carlo", "mean_mask"]
+    estimator: Estimator
     dtype: str
     date: str
     selective_risk: float | None
@@ -77,7 +77,7 @@ class MeasuredWith(_Part):
     num_samples: int
     design: str
     seed: int
-    estimator: Literal["monte_carlo", "mean_mask"]
+    estimator: Estimator
     temperature: float
     dtype: str
     engine: str = "local"
@@ -246,7 +246,7 @@ class PlanCandidate(_Part):
     whether both bounds and the AUROC allow the candidate to be chosen.
     """
 
-    estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
+    estimator: Estimator = "monte_carlo"
     design: Design
     num_samples: int
     mean_error: float
@@ -260,7 +260,7 @@ class PlanCandidate(_Part):
 
 
 class PlanEvidence(_Part):
-    """Why an adapter is served with its M and design; see docs/method.md, section 6.
+    """Why an adapter is served with its estimator, M and design; see docs/method.md, section 6.
 
     ``packs`` independent sets were drawn for every candidate and ``reference`` samples for the
     reference; ``level`` is that of each bound. ``peer`` is the candidate that the chosen one must
@@ -271,6 +271,7 @@ class PlanEvidence(_Part):
 
     date: str
     dalorra: str
+    estimator: Literal["monte_carlo", "linearised"] = "monte_carlo"
     design: Design
     num_samples: int
     digest: str
@@ -287,15 +288,15 @@ class PlanEvidence(_Part):
     @property
     def chosen(self) -> PlanCandidate:
         """The candidate that the adapter is served with."""
-        return self._candidate(self.design, self.num_samples)
+        return self._candidate(self.estimator, self.design, self.num_samples)
 
     @property
     def peer(self) -> PlanCandidate:
         """The candidate whose errors were the limit."""
-        return self._candidate("iid", self.peer_num_samples)
+        return self._candidate("monte_carlo", "iid", self.peer_num_samples)
 
-    def _candidate(self, design: Design, num_samples: int) -> PlanCandidate:
-        asked = ("monte_carlo", design, num_samples)
+    def _candidate(self, estimator: Estimator, design: Design, num_samples: int) -> PlanCandidate:
+        asked = (estimator, design, num_samples)
         return next(c for c in self.candidates if (c.estimator, c.design, c.num_samples) == asked)
 
 

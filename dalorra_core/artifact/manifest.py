@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
-from dalorra_core.artifact.calibration_record import Calibration, Policy
-from dalorra_core.config import Design, PredictiveConfig
+from dalorra_core.artifact.calibration_record import Calibration, PlanEvidence, Policy
+from dalorra_core.config import PredictiveConfig
 from dalorra_core.methods import MethodConfig
 
 __all__ = [
@@ -114,14 +114,18 @@ class Manifest(_Part):
     files: dict[str, str]
 
 
-def with_plan(manifest: Manifest, design: Design, num_samples: int) -> Manifest:
-    """Return a manifest with another M and design of its default predictive, under the same seed.
+def with_plan(manifest: Manifest, plan: PlanEvidence) -> Manifest:
+    """Return a manifest whose default predictive is that of a plan, under the same seed.
+
+    Where a plan takes no samples, M and design stay, for who asks for samples.
 
     Its golden probes stay those of the predictive they were stored under: they were computed in
     float32, which this machine may not have.
     """
     old = manifest.predictive
-    new = old.model_copy(update={"design": design, "num_samples": num_samples})
+    new = old.model_copy(update={"estimator": plan.estimator})
+    if plan.estimator == "monte_carlo":
+        new = new.model_copy(update={"design": plan.design, "num_samples": plan.num_samples})
     golden = manifest.golden_predictive or old
     return manifest.model_copy(
         update={"predictive": new, "golden_predictive": None if golden == new else golden}

@@ -16,6 +16,7 @@ from dalorra_core.calibration.sampling_plan import (
     LEVEL,
     PEER,
     SIZES,
+    LinearisedAnswers,
     Option,
     PlanRequest,
     choose_plan,
@@ -54,11 +55,13 @@ class MeasuredAnswers:
         reference: K independent samples, (K, B, C).
         packs: R packs of every option that is not ``iid``, (R, M, B, C).
         mean_mask: Of the deterministic pass, (1, B, C).
+        linearised: R sets of draws of the linearised network; None where there is none.
     """
 
     reference: Float[Tensor, "K B C"]
     packs: dict[Option, Tensor]
     mean_mask: Float[Tensor, "one B C"]
+    linearised: LinearisedAnswers | None = None
 
 
 def check_plannable(predictor: Predictor) -> None:
@@ -104,9 +107,11 @@ def plan_rows(ids: Sequence[str], count: int) -> list[int]:
     return sorted(fit, key=lambda i: hashlib.sha256(ids[i].encode()).digest())[:count]
 
 
-def passes_needed(designs: Sequence[Design], request: PlanRequest) -> int:
-    """Return how many forward passes each row takes."""
-    per_pack = sum(sum(_drawn_sizes(design)) for design in designs)
+def passes_needed(predictor: Predictor, request: PlanRequest) -> int:
+    """Return how many passes each row takes; a backward one counts as much as one forward."""
+    per_pack = sum(sum(_drawn_sizes(design)) for design in predictor.designs)
+    if "linearised" in predictor.estimators:
+        per_pack += predictor.passes(SamplingPlan(estimator="linearised"))
     return request.reference + request.packs * per_pack + 1
 
 
@@ -132,7 +137,7 @@ def measure_answers(
     """
 
     def answers(plan: SamplingPlan) -> Tensor:
-        passes = predictor.num_functions(plan)
+        passes = predictor.passes(plan)
         found = predictor.predict(
             rows,
             plan,
@@ -158,7 +163,16 @@ def measure_answers(
             # what has no set of its own for each M is the beginning of the largest
             sizes = (size,) if design == "stratified" else SIZES
             packs |= {(design, m): drawn[:, :m] for m in sizes}
-    return MeasuredAnswers(reference, packs, answers(SamplingPlan(estimator="mean_mask")))
+    linearised = None
+    if "linearised" in predictor.estimators:
+        plans = [
+            SamplingPlan(seed=_seed("linearised", r), estimator="linearised")
+            for r in range(request.packs)
+        ]
+        drawn = torch.stack([answers(plan) for plan in plans])
+        linearised = LinearisedAnswers(drawn, predictor.passes(plans[0]))
+    mean_mask = answers(SamplingPlan(estimator="mean_mask"))
+    return MeasuredAnswers(reference, packs, mean_mask, linearised)
 
 
 def find_plan(
@@ -185,11 +199,12 @@ def find_plan(
     found = measure_answers(predictor, rows, request, on_progress)
     reference = reference_answers(found.reference)
     outside = torch.tensor([row.label < 0 for row in rows])
-    choice = choose_plan(found.reference, found.packs, outside)
+    choice = choose_plan(found.reference, found.packs, outside, found.linearised)
     deterministic = mean_mask_row(reference, mean_probs(found.mean_mask))
     return PlanEvidence(
         date=date,
         dalorra=__version__,
+        estimator=choice.estimator,
         design=choice.option[0],
         num_samples=choice.option[1],
         digest=content_digest(examples),

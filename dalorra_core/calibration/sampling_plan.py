@@ -5,6 +5,7 @@ Values in, values out; ``plan_measurement`` draws and runs the samples.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +22,7 @@ from dalorra_core.calibration.estimator_errors import (
     squared_errors,
     squared_mean_errors,
 )
-from dalorra_core.config import Design
+from dalorra_core.config import Design, Estimator
 from dalorra_core.errors import ConfigError
 from dalorra_core.metrics.selective import auroc
 from dalorra_core.metrics.uncertainty import mutual_information
@@ -33,6 +34,7 @@ __all__ = [
     "LEVEL",
     "PEER",
     "SIZES",
+    "LinearisedAnswers",
     "Option",
     "PlanChoice",
     "PlanRequest",
@@ -90,17 +92,32 @@ class PlanRequest:
                 )
 
 
+@dataclass(frozen=True, eq=False)
+class LinearisedAnswers:
+    """What the network linearised in its gates answers, and what that costs.
+
+    Attributes:
+        log_probs: R sets of K draws, (R, K, B, C).
+        passes: Of a row: a forward one, and a backward one for each label.
+    """
+
+    log_probs: Float[Tensor, "R K B C"]
+    passes: int
+
+
 @dataclass(frozen=True)
 class PlanChoice:
     """What was chosen, and all that could have been.
 
     Attributes:
-        option: Design and M.
+        estimator: Samples of the network, or draws of the linearised one.
+        option: Design and M; of draws of the linearised network iid and K.
         candidates: Errors of every option, the ``iid`` ones and so the peer first.
         reference_auroc: AUROC of the reference's mutual information, out of scope against in
             scope; None with too few rows of either kind.
     """
 
+    estimator: Literal["monte_carlo", "linearised"]
     option: Option
     candidates: tuple[PlanCandidate, ...]
     reference_auroc: float | None
@@ -110,21 +127,23 @@ def choose_plan(
     reference: Float[Tensor, "K B C"],
     packs: Mapping[Option, Float[Tensor, "R M B C"]],
     outside: Bool[Tensor, " B"],
+    linearised: LinearisedAnswers | None = None,
 ) -> PlanChoice:
-    """Return the option with the fewest samples that is as good as the peer.
+    """Return the option with the fewest passes that is as good as the peer.
 
     As good means three things: the upper bounds on what its squared errors are above the peer's
     are at most zero, for the mean probability and for the mutual information alike, and where
     there are rows out of scope its mutual information tells them apart as the reference's does, or
     as the peer's does, to within ``AUROC_SLACK``. What cannot be told apart from worse is therefore
-    not chosen. The peer itself always may be. Of equal M the smaller error of the mean probability
-    wins, of equal ones the first.
+    not chosen. The peer itself always may be. Of equally many passes the smaller error of the mean
+    probability wins, of equal ones the first.
 
     Args:
         reference: K independent samples, log-probabilities; the ``iid`` options, the peer among
             them, are judged by parts of it.
         packs: R packs of every other option, independent of the reference.
         outside: Rows that are out of scope.
+        linearised: One more candidate, where the adapter has it.
 
     Raises:
         ConfigError: There are fewer than ``FEWEST_REFERENCE`` samples, or 2 packs or rows.
@@ -147,12 +166,26 @@ def choose_plan(
         _candidate(option, found, errors[PEER], aurocs[option], limit)
         for option, found in errors.items()
     ]
-    best = min(
-        (c for c in candidates if c.good_enough), key=lambda c: (c.num_samples, c.mean_error)
+    priced = [(candidate.num_samples, candidate) for candidate in candidates]
+    if linearised is not None:
+        sets = linearised.log_probs
+        found = _candidate(
+            ("iid", sets.shape[1]),
+            squared_errors(answers, sets),
+            errors[PEER],
+            _auroc(_information(sets), outside) if enough else None,
+            limit,
+            estimator="linearised",
+        )
+        priced.append((linearised.passes, found))
+    _, best = min(
+        (pair for pair in priced if pair[1].good_enough),
+        key=lambda pair: (pair[0], pair[1].mean_error),
     )
     return PlanChoice(
+        "linearised" if best.estimator == "linearised" else "monte_carlo",
         (best.design, best.num_samples),
-        tuple(candidates),
+        tuple(candidate for _, candidate in priced),
         None if goal is None else _short(goal),
     )
 
@@ -199,6 +232,7 @@ def _candidate(
     peer: SquaredErrors,
     found_auroc: float | None,
     least_auroc: float | None,
+    estimator: Estimator = "monte_carlo",
 ) -> PlanCandidate:
     mean, information = estimate(errors.mean), estimate(errors.information)
     excesses = (
@@ -207,6 +241,7 @@ def _candidate(
     )
     tells_apart = least_auroc is None or found_auroc is None or found_auroc >= least_auroc
     return PlanCandidate(
+        estimator=estimator,
         design=option[0],
         num_samples=option[1],
         mean_error=_short(mean.value),
@@ -216,7 +251,8 @@ def _candidate(
         mean_excess=_short(excesses[0]),
         information_excess=_short(excesses[1]),
         out_of_scope_auroc=None if found_auroc is None else _short(found_auroc),
-        good_enough=option == PEER or (max(excesses) <= 0.0 and tells_apart),
+        good_enough=(estimator, option) == ("monte_carlo", PEER)
+        or (max(excesses) <= 0.0 and tells_apart),
     )
 
 

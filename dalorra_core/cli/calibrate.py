@@ -246,7 +246,14 @@ def _sampling(predictor: Predictor, evidence: PlanEvidence | None) -> SamplingPl
     stored = predictor.default_plan
     if evidence is None:
         return stored
-    return replace(stored, num_samples=evidence.num_samples, design=evidence.design)
+    if evidence.estimator == "linearised":
+        return replace(stored, estimator="linearised")
+    return replace(
+        stored,
+        estimator="monte_carlo",
+        num_samples=evidence.num_samples,
+        design=evidence.design,
+    )
 
 
 def _answered(
@@ -306,7 +313,7 @@ def _write(
 ) -> None:
     manifest = predictor.manifest
     if evidence is not None:
-        manifest = with_plan(manifest, evidence.design, evidence.num_samples)
+        manifest = with_plan(manifest, evidence)
     elif manifest.calibration is not None:
         evidence = manifest.calibration.plan  # of the predictive that stays
     updates = {

@@ -58,7 +58,7 @@ def chosen_plan(
         DataError: There are too few rows.
     """
     places = plan_rows([example.id for example in examples], request.rows)
-    passes, served = passes_needed(predictor.designs, request), predictor.default_plan.num_samples
+    passes, served = passes_needed(predictor, request), predictor.default_plan.num_samples
     note(
         f"measuring the plan: {passes} passes over {len(places)} rows, what "
         f"{round(passes * len(places) / served)} answers cost at M = {served}"
@@ -85,8 +85,11 @@ def plan_text(plan: PlanEvidence) -> str:
         f"of the {name} {_number(ours)} (iid M = {peer.num_samples}: {_number(theirs)})"
         for name, (ours, theirs) in pairs.items()
     )
+    what = f"M = {plan.num_samples}, {plan.design}"
+    if plan.estimator == "linearised":
+        what = f"linearised, {plan.num_samples} draws"
     return (
-        f"M = {plan.num_samples}, {plan.design}: squared error {errors}; {plan.n} rows "
+        f"{what}: squared error {errors}; {plan.n} rows "
         f"({plan.n_out_of_scope} out of scope), {plan.packs} packs against {plan.reference} "
         f"samples, {plan.date[:10]}"
     )
@@ -102,7 +105,7 @@ def show_plan(plan: PlanEvidence) -> None:
             f"out-of-scope AUROC by mutual information of the reference: {plan.reference_auroc:.4f}"
         )
     cheapest = _cheapest_by_mean(plan)
-    if cheapest.num_samples < plan.num_samples:
+    if plan.estimator == "monte_carlo" and cheapest.num_samples < plan.num_samples:
         out.print(
             f"note: for the mean probability alone M = {cheapest.num_samples}, {cheapest.design} "
             "would do; its mutual information is not good enough"
@@ -110,13 +113,14 @@ def show_plan(plan: PlanEvidence) -> None:
 
 
 def _cheapest_by_mean(plan: PlanEvidence) -> PlanCandidate:
-    enough = [c for c in plan.candidates if c.mean_excess is not None and c.mean_excess <= 0]
+    sampled = [c for c in plan.candidates if c.estimator == "monte_carlo"]
+    enough = [c for c in sampled if c.mean_excess is not None and c.mean_excess <= 0]
     return min((*enough, plan.peer), key=lambda c: (c.num_samples, c.mean_error))
 
 
 def _row(c: PlanCandidate) -> dict[str, str]:
     return {
-        "samples": "mean_mask" if c.estimator == "mean_mask" else f"{c.design} {c.num_samples}",
+        "samples": f"{c.design} {c.num_samples}" if c.estimator == "monte_carlo" else c.estimator,
         "mean probability": _with_error(c.mean_error, c.mean_error_se),
         "mutual information": _with_error(c.information_error, c.information_error_se),
         "AUROC": "-" if c.out_of_scope_auroc is None else f"{c.out_of_scope_auroc:.4f}",

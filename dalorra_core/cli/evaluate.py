@@ -58,7 +58,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917  one parameter per option
     split: Annotated[str, typer.Option(help="Split to score.")] = "test",
     num_samples: SamplesOption = None,
     seed: SeedOption = None,
-    estimator: EstimatorOption = "monte_carlo",
+    estimator: EstimatorOption = None,
     design: DesignOption = None,
     resamples: Annotated[
         int, typer.Option(min=0, help="Bootstrap resamples for 95 % intervals; 0 leaves them out.")

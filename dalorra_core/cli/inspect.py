@@ -15,6 +15,7 @@ from dalorra_core.cli.calibration_plan import plan_text
 from dalorra_core.cli.calibration_summary import policy_text
 from dalorra_core.cli.console import errors_as_exit
 from dalorra_core.cli.options import AdapterArgument
+from dalorra_core.config import PredictiveConfig
 from dalorra_core.methods import METHODS
 from dalorra_core.predictive.matching import state_of
 
@@ -68,8 +69,7 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
     lines = {
         "name": f"{m.name} (revision {artifact.revision}, format version {m.format_version})",
         "method": m.method.name + (f": {settings}" if settings else ""),
-        "predictive": f"M = {m.predictive.num_samples}, seed {m.predictive.seed}, "
-        f"{m.predictive.design}",
+        "predictive": _predictive_text(m.predictive),
         "base": f"{m.base.id}, {m.base.fingerprint}",
         "labels": f"{len(m.labels.labels)}: {', '.join(m.labels.labels[:6])}"
         + (" ..." if len(m.labels.labels) > 6 else ""),  # noqa: PLR2004  a line's worth
@@ -109,6 +109,11 @@ def _show(artifact: Artifact, summary: dict[str, Any]) -> None:
         console.print(f"{'keep prob':<11}quantiles  {quantiles}")
         table = _keep_table(artifact, summary)
         Console(width=12 + 16 * len(table.columns)).print(table)
+
+
+def _predictive_text(predictive: PredictiveConfig) -> str:
+    samples = f"M = {predictive.num_samples}, seed {predictive.seed}, {predictive.design}"
+    return samples if predictive.estimator == "monte_carlo" else f"linearised (samples: {samples})"
 
 
 def _calibration_text(c: Calibration) -> str:

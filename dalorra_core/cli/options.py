@@ -1,11 +1,12 @@
 """Options that several commands share, so that they read and behave alike everywhere."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar, get_args
 
 import typer
 
-from dalorra_core.config import Design
+from dalorra_core.config import Estimator
 from dalorra_core.errors import ConfigError
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from dalorra_core.sampling.designs import DESIGNS
@@ -21,6 +22,10 @@ __all__ = [
     "SeedOption",
     "plan_from",
 ]
+
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+
+_Name = TypeVar("_Name", bound=str)
 
 AdapterArgument = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="Artifact directory, such as adapters/clinc150.")
@@ -48,9 +53,11 @@ SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Picks the mask set [default: the adapter's].")
 ]
 EstimatorOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="monte_carlo averages the samples' probabilities; mean_mask is one deterministic pass."
+        help="monte_carlo averages the samples' probabilities; mean_mask is one deterministic "
+        "pass; linearised averages draws of the network linearised in its gates (method dalorra, "
+        "few labels) [default: the adapter's]."
     ),
 ]
 DesignOption = Annotated[
@@ -66,31 +73,41 @@ def plan_from(
     predictor: Predictor,
     num_samples: int | None,
     seed: int | None,
-    estimator: str,
+    estimator: str | None = None,
     design: str | None = None,
 ) -> SamplingPlan:
     """Return the adapter's default plan with what the user changed.
 
+    Who names a number of samples or a design and no estimator asks for samples.
+
     Raises:
-        ConfigError: If estimator or design is unknown, or the adapter cannot follow the design.
+        ConfigError: If estimator or design is unknown, has no effect, or the adapter cannot follow
+            it.
     """
     default = predictor.default_plan
-    if estimator not in ("monte_carlo", "mean_mask"):
-        raise ConfigError(f"estimator must be monte_carlo or mean_mask, got {estimator!r}")
-    if design is not None and estimator == "mean_mask":
-        raise ConfigError(f"design must be left out with mean_mask, got {design!r}")
-    found = default.design if design is None else _design(design)
+    samples_asked = num_samples is not None or design is not None
+    asked = (
+        ("monte_carlo" if samples_asked else default.estimator) if estimator is None else estimator
+    )
+    chosen = _one_of(ESTIMATORS, "estimator", asked)
+    if design is not None and chosen != "monte_carlo":
+        raise ConfigError(f"design must be left out with {chosen}, got {design!r}")
+    if num_samples is not None and chosen == "linearised":
+        raise ConfigError(f"num_samples must be left out with linearised, got {num_samples}")
+    found = default.design if design is None else _one_of(DESIGNS, "design", design)
     predictor.method.check_design(predictor.manifest.method, found)
-    return SamplingPlan(
+    plan = SamplingPlan(
         num_samples=default.num_samples if num_samples is None else num_samples,
         seed=default.seed if seed is None else seed,
-        estimator="monte_carlo" if estimator == "monte_carlo" else "mean_mask",
+        estimator=chosen,
         design=found,
     )
+    predictor.num_functions(plan)  # says now what the adapter has not
+    return plan
 
 
-def _design(text: str) -> Design:
-    for known in DESIGNS:
+def _one_of(names: Sequence[_Name], setting: str, text: str) -> _Name:
+    for known in names:
         if text == known:
             return known
-    raise ConfigError(f"design must be {' or '.join(DESIGNS)}, got {text!r}")
+    raise ConfigError(f"{setting} must be {' or '.join(names)}, got {text!r}")

@@ -41,7 +41,7 @@ def predict_command(  # noqa: PLR0913, PLR0917  one parameter per option
     ] = None,
     num_samples: SamplesOption = None,
     seed: SeedOption = None,
-    estimator: EstimatorOption = "monte_carlo",
+    estimator: EstimatorOption = None,
     design: DesignOption = None,
     truncate: Annotated[
         str, typer.Option(help="Longer prompts: none refuses, start or end cuts there.")

@@ -5,7 +5,7 @@ answers on average is then known up to draws that cost no pass: an estimate by i
 variate for the samples of the network itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,7 +22,15 @@ from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.gaussian import logit_draws, probit_logits
 from dalorra_core.predictive.gradients import label_gradients_of_rows
 
-__all__ = ["ControlledAnswers", "LinearisedGates", "controlled", "flat_gates", "gate_jacobian"]
+__all__ = [
+    "ControlledAnswers",
+    "LinearisedGates",
+    "controlled",
+    "flat_gates",
+    "gate_covariance",
+    "gate_jacobian",
+    "random_gates",
+]
 
 
 def flat_gates(pack: SamplePack) -> Float[Tensor, "M G"]:
@@ -35,20 +43,49 @@ def gate_jacobian(pack: SamplePack, gradients: LabelGradients) -> Float[Tensor, 
 
     Args:
         pack: The one function that the gradients were taken at.
-        gradients: Of all its modules that have gates.
+        gradients: Of its modules that have gates, or of some of them.
 
     Source:
         docs/method.md, eq. (J10).
     """
     found = []
     for name, module in pack.modules.items():
-        if module.z is None:
+        if module.z is None or name not in gradients.modules:
             continue
         of = gradients.modules[name]
         features = of.inputs @ module.lora_A[0].T  # (B, T, r)
         through = of.outputs @ module.lora_B[0]  # (C, B, T, r)
         found.append(pack.scaling * torch.einsum("cbtr,btr->bcr", through, features))
     return torch.cat(found, dim=-1)
+
+
+def random_gates(keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the modules of which a gate is neither always on nor always off.
+
+    Args:
+        keep: From ``independent_gates``.
+    """
+    return {name: p for name, p in keep.items() if bool(((p > 0) & (p < 1)).any())}
+
+
+def gate_covariance(
+    mean_pack: SamplePack, keep: Mapping[str, Tensor]
+) -> Callable[[LabelGradients], Float[Tensor, "B C C"]]:
+    """Return what gives the covariance of the linearised label logits from their gradients.
+
+    Args:
+        mean_pack: The one function with every gate at its mean.
+        keep: From ``random_gates``, in the order of the pack's modules.
+    """
+    probs = torch.cat(list(keep.values())).double()
+    deviation = (probs * (1 - probs)).sqrt()  # (G,)
+
+    def covariance(gradients: LabelGradients) -> Tensor:
+        spread = gate_jacobian(mean_pack, gradients).double()
+        spread = spread * deviation.to(spread.device)
+        return spread @ spread.transpose(1, 2)
+
+    return covariance
 
 
 @dataclass(frozen=True, eq=False)

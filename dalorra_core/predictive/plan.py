@@ -3,14 +3,14 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.config import Design
+from dalorra_core.config import Design, Estimator
 from dalorra_core.errors import ConfigError
 
 __all__ = [
     "BYTES_KEPT",
+    "LINEARISED_DRAWS",
     "MOST_PACK_BYTES",
     "PACKS_KEPT",
     "SAMPLES_KEPT",
@@ -34,22 +34,28 @@ MOST_PACK_BYTES = 2**31
 """Memory that the own tensors of one pack may take; a plan that asks for more is refused."""
 
 
+LINEARISED_DRAWS = 256
+"""Draws of a linearised network: they cost no pass, and what is random in their mean is small
+beside what ten samples of the network leave."""
+
+
 @dataclass(frozen=True)
 class SamplingPlan:
     """Which predictive is asked for.
 
     Attributes:
-        num_samples: M, at least 1; ignored by ``mean_mask``, by point methods and where the number
-            of functions is fixed, as an ensemble's.
+        num_samples: M, at least 1; ignored by ``mean_mask`` and ``linearised``, by point methods
+            and where the number of functions is fixed, as an ensemble's.
         seed: Picks the sample set; without effect in the same cases.
         estimator: ``monte_carlo`` averages the probabilities of M samples; ``mean_mask`` is the one
-            deterministic pass at the posterior mean, which has no epistemic part.
+            deterministic pass at the posterior mean, which has no epistemic part; ``linearised``
+            averages ``LINEARISED_DRAWS`` draws of the network linearised in its gates.
         design: How the samples are drawn together; no choice where there is nothing to draw.
     """
 
     num_samples: int = 10
     seed: int = 0
-    estimator: Literal["monte_carlo", "mean_mask"] = "monte_carlo"
+    estimator: Estimator = "monte_carlo"
     design: Design = "iid"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
-from dalorra_core.config import Design, PredictiveConfig
+from dalorra_core.config import Design, Estimator, PredictiveConfig
 from dalorra_core.data.encode import EncodedExample, Truncation
 from dalorra_core.data.examples import Example
 from dalorra_core.errors import ArtifactCorruptError, ConfigError, GoldenProbeError
@@ -23,11 +23,13 @@ from dalorra_core.methods.dalorra import PHI
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.encoder import RowEncoder
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.gates import gate_entropy, gate_probs
+from dalorra_core.predictive.gates import gate_entropy, gate_probs, independent_gates
 from dalorra_core.predictive.gaussian import score_gaussian
+from dalorra_core.predictive.linearised import gate_covariance, random_gates
 from dalorra_core.predictive.matching import check_base, state_of
 from dalorra_core.predictive.plan import (
     BYTES_KEPT,
+    LINEARISED_DRAWS,
     MOST_PACK_BYTES,
     SAMPLES_KEPT,
     KeptPacks,
@@ -38,7 +40,7 @@ from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.predictive.tempering import pooled, tempered
 
-__all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
+__all__ = ["GOLDEN_TOLERANCE", "MOST_LINEARISED_LABELS", "Predictor", "SamplingPlan"]
 
 GOLDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest accepted difference of a golden probe's probabilities, by dtype.
@@ -46,6 +48,11 @@ GOLDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 float32 sums differ between processors and libraries in the last digits only; bfloat16 keeps 8 bits,
 and thirty layers of it move a probability by a few hundredths (measured in docs/results.md).
 """
+
+
+MOST_LINEARISED_LABELS = 16
+"""A linearised answer takes a backward pass for each label: with more of them samples are
+cheaper."""
 
 
 class Predictor:
@@ -171,15 +178,47 @@ class Predictor:
         """How its samples may be drawn together; ``iid`` alone where nothing is drawn."""
         return self.method.designs(self.manifest.method)
 
+    @cached_property
+    def estimators(self) -> tuple[Estimator, ...]:
+        """What can answer, the adapter's own way first."""
+        return ("monte_carlo", "mean_mask", *(() if self._not_linearised else ("linearised",)))
+
+    @cached_property
+    def _not_linearised(self) -> str | None:
+        """Why the linearised network cannot answer; None where it can."""
+        if self.point_method:
+            return "there is nothing to sample"
+        try:
+            keep = self._random_gates
+        except ConfigError as error:
+            return str(error)
+        if not keep:
+            return "every gate is always on or always off"
+        if len(self.labels) > MOST_LINEARISED_LABELS:
+            return (
+                f"it takes a backward pass for each label, so at most {MOST_LINEARISED_LABELS} are "
+                f"allowed, and there are {len(self.labels)}"
+            )
+        return None
+
+    @cached_property
+    def _random_gates(self) -> dict[str, Tensor]:
+        """Keep probabilities of the modules whose gates differ from sample to sample.
+
+        Raises:
+            ConfigError: See ``independent_gates``.
+        """
+        mean = self.method.mean_pack(self._state, self.manifest.method)
+        return random_gates(independent_gates(self.manifest.method, mean))
+
     @property
     def shared_depth(self) -> float:
         """Share of the layers that the samples of the default plan have in common, in [0, 1)."""
         return self.model.shared_depth(self.pack(self.default_plan))
 
-    @property
-    def answers_alone(self) -> bool:
-        """True where rows cannot share a forward pass with those of other adapters."""
-        gaussian = self.method.logit_covariance is not None
+    def answers_alone(self, plan: SamplingPlan) -> bool:
+        """Return whether rows cannot share a forward pass with those of other adapters."""
+        gaussian = self.method.logit_covariance is not None or plan.estimator == "linearised"
         return self.deterministic or gaussian or self._one_answer
 
     @property
@@ -215,23 +254,36 @@ class Predictor:
         """Return the id of the M functions that ``plan`` fixes, such as ``ms_3f9a...``."""
         effective = self._effective(plan)
         text = f"{self.artifact.sha256}|{effective.estimator}|{effective.design}"
-        if effective.estimator == "monte_carlo":
+        if effective.estimator != "mean_mask":
             text += f"|{effective.num_samples}|{effective.seed}"
         return f"ms_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def num_functions(self, plan: SamplingPlan) -> int:
         """Return how many functions answer under ``plan``: M, or 1 for a deterministic pass."""
         effective = self._effective(plan)
-        return effective.num_samples if effective.estimator == "monte_carlo" else 1
+        return effective.num_samples
+
+    def passes(self, plan: SamplingPlan) -> int:
+        """Return what a row costs under ``plan``, in passes; a backward one counts as much."""
+        if plan.estimator == "linearised":
+            return 1 + len(self.labels)
+        return self.num_functions(plan)
 
     def _effective(self, plan: SamplingPlan) -> SamplingPlan:
         """Some methods have one function, or a certain number of them, whatever was asked for.
 
         Raises:
-            ConfigError: The method's samples cannot be drawn by the plan's design.
+            ConfigError: The method's samples cannot be drawn by the plan's design, or the network
+                cannot answer linearised.
         """
         if plan.estimator == "mean_mask":
             return SamplingPlan(1, 0, "mean_mask")
+        if plan.estimator == "linearised":
+            if self._not_linearised is not None:
+                raise ConfigError(
+                    f"estimator linearised is not to be had of this adapter: {self._not_linearised}"
+                )
+            return SamplingPlan(LINEARISED_DRAWS, plan.seed, "linearised")
         self.method.check_design(self.manifest.method, plan.design)
         if self.point_method:
             return SamplingPlan(1, 0, "mean_mask")
@@ -278,7 +330,7 @@ class Predictor:
 
     def _draw(self, plan: SamplingPlan) -> SamplePack:
         config = self.manifest.method
-        if plan.estimator == "mean_mask":
+        if plan.estimator != "monte_carlo":
             found = self.method.mean_pack(self._state, config)
         else:
             key = (self.artifact.sha256, plan.seed)
@@ -368,6 +420,8 @@ class Predictor:
 
     def _scorer(self, plan: SamplingPlan) -> Callable[..., Prediction]:
         """Return the function that answers rows under an effective plan."""
+        if plan.estimator == "linearised":
+            return self._linearised_scorer(plan)
         covariance = self.method.logit_covariance
         if covariance is None or (plan.estimator == "mean_mask" and not self._one_answer):
             return partial(
@@ -386,6 +440,18 @@ class Predictor:
             draw=None
             if self._one_answer
             else Draw((self.artifact.sha256, plan.seed), plan.num_samples),
+            max_padded_tokens=self.max_padded_tokens,
+        )
+
+    def _linearised_scorer(self, plan: SamplingPlan) -> Callable[..., Prediction]:
+        mean, keep = self.pack(plan), self._random_gates
+        return partial(
+            score_gaussian,
+            self.model,
+            mean,
+            modules=tuple(keep),
+            covariance=gate_covariance(mean, keep),
+            draw=Draw((self.artifact.sha256, plan.seed, "linearised"), plan.num_samples),
             max_padded_tokens=self.max_padded_tokens,
         )
 
@@ -461,7 +527,7 @@ def _on_device(state: AdapterState, device: torch.device, *, whole: bool) -> Ada
 
 
 def _plan_of(stored: PredictiveConfig) -> SamplingPlan:
-    return SamplingPlan(stored.num_samples, stored.seed, "monte_carlo", stored.design)
+    return SamplingPlan(stored.num_samples, stored.seed, stored.estimator, stored.design)
 
 
 def _from(start: int, wanted: Callable[[int], bool]) -> Callable[[int], bool]:

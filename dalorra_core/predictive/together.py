@@ -52,7 +52,7 @@ def predict_together(
     starts = [0, *accumulate(len(share.rows) for share in shares)]
     found: dict[int, Prediction] = {}
     for i, share in enumerate(shares):
-        if share.predictor.answers_alone or len(shares) == 1:
+        if share.predictor.answers_alone(share.plan) or len(shares) == 1:
             own = _asking(wanted, starts[i])
             found[i] = share.predictor.predict(
                 share.rows, share.plan, label_mass=label_mass, wanted=own

@@ -54,6 +54,11 @@ class TrainConfig(Settings, frozen=True):
     def _method_follows_design(
         cls, value: PredictiveConfig, info: ValidationInfo
     ) -> PredictiveConfig:
+        if value.estimator != "monte_carlo":
+            raise ValueError(
+                f"estimator must be monte_carlo before training, got {value.estimator}: "
+                "dalorra calibrate --plan changes it where that is better"
+            )
         method = info.data.get("method")  # absent where it is wrong itself
         if method is not None:
             try:

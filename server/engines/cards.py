@@ -14,6 +14,7 @@ from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
 from dalorra_core.artifact.store import Artifact
 from dalorra_core.calibration.validity import measured_with, void_reason
+from dalorra_core.predictive.plan import LINEARISED_DRAWS
 from dalorra_core.predictive.predictor import Predictor
 from server.ports import (
     AbstainGuarantee,
@@ -56,6 +57,8 @@ class Answering:
         threads: 0 where that means nothing.
         fixed_functions: None where any number may be sampled, and for point methods.
         max_num_samples: None without a limit.
+        linearised_draws: None where the network cannot be linearised.
+        sampled: See ``AdapterCard``.
         fixed_sampling: None where a request may ask for another.
         shared_depth: 0 where nothing is known to be shared.
     """
@@ -70,6 +73,8 @@ class Answering:
     threads: int = 0
     fixed_functions: int | None = None
     max_num_samples: int | None = None
+    linearised_draws: int | None = None
+    sampled: Sampling | None = None
     fixed_sampling: str | None = None
     shared_depth: float = 0.0
 
@@ -82,7 +87,7 @@ def answering_of(predictor: Predictor) -> Answering:
             num_samples=predictor.num_functions(plan),
             seed=plan.seed,
             estimator=plan.estimator,
-            design=plan.design,
+            design="iid" if plan.estimator == "linearised" else plan.design,
         ),
         here=measured_with(predictor, plan),
         point_method=point,
@@ -93,6 +98,10 @@ def answering_of(predictor: Predictor) -> Answering:
         threads=torch.get_num_threads() if predictor.device.type == "cpu" else 0,
         fixed_functions=None if point else predictor.fixed_functions,
         max_num_samples=predictor.max_num_samples,
+        linearised_draws=LINEARISED_DRAWS if "linearised" in predictor.estimators else None,
+        sampled=None
+        if plan.estimator == "monte_carlo"
+        else Sampling(plan.num_samples, plan.seed, "monte_carlo", plan.design),
         shared_depth=predictor.shared_depth,
     )
 
@@ -135,6 +144,8 @@ def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> A
         fixed_functions=how.fixed_functions,
         max_num_samples=how.max_num_samples,
         designs=how.designs,
+        linearised_draws=how.linearised_draws,
+        sampled=how.sampled,
         fixed_sampling=how.fixed_sampling,
         shared_depth=how.shared_depth,
         calibration=None
@@ -197,6 +208,7 @@ def _plan(found: PlanEvidence) -> PlanCard:
     chosen, peer = found.chosen, found.peer
     return PlanCard(
         date=found.date,
+        estimator=found.estimator,
         num_samples=found.num_samples,
         design=found.design,
         peer_num_samples=peer.num_samples,

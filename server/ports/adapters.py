@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.ports.policies import Policy
-from server.ports.rows import BatchKey, Design, Sampling
+from server.ports.rows import BatchKey, Design, Estimator, Sampling
 
 __all__ = [
     "AdapterCard",
@@ -78,7 +78,8 @@ class PlanCard:
 
     Attributes:
         date: When it was measured, ISO 8601.
-        num_samples: M.
+        estimator: Samples, or draws of the linearised network.
+        num_samples: M, or the number of draws.
         design: How the M samples are drawn together.
         peer_num_samples: M of the independent samples that it is as good as.
         mean_error: Of the mean probabilities, summed over the labels.
@@ -90,6 +91,7 @@ class PlanCard:
     """
 
     date: str
+    estimator: Estimator
     num_samples: int
     design: Design
     peer_num_samples: int
@@ -167,6 +169,9 @@ class AdapterCard:
             any number of them may be sampled, and for point methods.
         max_num_samples: The most samples whose memory the engine grants; None when they take none.
         designs: How its samples may be drawn together.
+        linearised_draws: Draws that a linearised answer averages; None where the adapter has none.
+        sampled: How samples are drawn for who asks for them, where ``defaults`` takes none; None
+            where they are ``defaults``.
         fixed_sampling: Why no other sampling than ``defaults`` can be asked for; None when it can.
         shared_depth: Share of a pass that the samples of one answer have in common and that is
             computed once for all of them, in [0, 1).
@@ -200,6 +205,8 @@ class AdapterCard:
     fixed_functions: int | None = None
     max_num_samples: int | None = None
     designs: tuple[Design, ...] = ("iid",)
+    linearised_draws: int | None = None
+    sampled: Sampling | None = None
     fixed_sampling: str | None = None
     shared_depth: float = 0.0
 

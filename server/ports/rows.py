@@ -22,7 +22,10 @@ __all__ = [
     "Wanted",
 ]
 
-Estimator = Literal["monte_carlo", "mean_mask"]
+Estimator = Literal["monte_carlo", "mean_mask", "linearised"]
+
+_LINEARISED_PASSES = 8
+"""What a linearised answer counts as: a forward pass, and a backward one for each label."""
 
 Design = Literal["iid", "stratified", "antithetic"]
 """How the M samples of an answer are drawn together."""
@@ -68,10 +71,12 @@ class Sampling:
     """What fixes the posterior samples of one answer.
 
     Attributes:
-        num_samples: M, at least 1; always 1 for ``mean_mask``.
+        num_samples: M, at least 1; always 1 for ``mean_mask``, and for ``linearised`` the number of
+            draws.
         seed: Seed of the mask set; without effect under ``mean_mask`` and for point methods.
         estimator: ``monte_carlo`` averages M sampled functions; ``mean_mask`` runs the one
-            deterministic function with every mask at its mean.
+            deterministic function with every mask at its mean; ``linearised`` averages draws of
+            the network linearised there.
         design: How the M samples are drawn together.
     """
 
@@ -81,9 +86,16 @@ class Sampling:
     design: Design = "iid"
 
     @property
+    def num_functions(self) -> int:
+        """How many answers are averaged."""
+        return 1 if self.estimator == "mean_mask" else self.num_samples
+
+    @property
     def passes(self) -> int:
         """Forward passes per row: what a row costs is its tokens times this."""
-        return self.num_samples if self.estimator == "monte_carlo" else 1
+        if self.estimator == "linearised":
+            return _LINEARISED_PASSES
+        return self.num_functions
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ def sampling_card(sampling: Sampling, card: AdapterCard, mask_set: str | None) -
     """Return what was sampled; functions that are not drawn have no seed."""
     drawn = not card.point_method and card.fixed_functions is None
     return SamplingCard(
-        num_samples=sampling.passes,
-        seed=sampling.seed if drawn and sampling.estimator == "monte_carlo" else None,
+        num_samples=sampling.num_functions,
+        seed=sampling.seed if drawn and sampling.estimator != "mean_mask" else None,
         mask_set=mask_set,
         estimator=sampling.estimator,
         design=sampling.design,

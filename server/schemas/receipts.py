@@ -147,14 +147,15 @@ class UncertifiedCard(Body):
 
 
 class PlanSection(Body):
-    """Why M and the design are what they are: the fewest samples as good as the peer's.
+    """Why estimator, M and design are what they are: the fewest passes as good as the peer's.
 
     Squared errors are distances to the answers of infinitely many samples, as estimated; an
     estimate may fall below zero.
     """
 
     date: str
-    num_samples: int
+    estimator: Literal["monte_carlo", "linearised"]
+    num_samples: int = Field(description="M, or the draws of the linearised network.")
     design: str
     peer_num_samples: int = Field(description="So many independent samples are the peer.")
     mean_error: float = Field(description="Of the probabilities, summed over the labels.")

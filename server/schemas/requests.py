@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from server.ports import ChoiceOption, ChoiceQuestion, Design, Question, TextQuestion
+from server.ports import ChoiceOption, ChoiceQuestion, Design, Estimator, Question, TextQuestion
 from server.schemas.fields import LIST_TAG, STRING_TAG, Clean, Name, NumSamples, Strict, Text
 from server.schemas.policies import FORM_TAGS, PolicyForm
 from server.schemas.vllm import VllmFields
@@ -156,11 +156,14 @@ class ClassifyRequest(VllmFields):
             "functions where that is fixed, as for an ensemble."
         ),
     )
-    estimator: Literal["monte_carlo", "mean_mask"] | None = Field(
+    estimator: Estimator | None = Field(
         default=None,
         description=(
             "`monte_carlo` averages M sampled functions. `mean_mask` is one deterministic pass: "
-            "cheaper, and without epistemic scores."
+            "cheaper, and without epistemic scores. `linearised` averages draws of the network "
+            "linearised in its gates, for a forward pass and a backward one for each label: for "
+            "method `dalorra` and few labels. If left out: `monte_carlo` where `num_samples` or "
+            "`design` is given, else the adapter's own."
         ),
     )
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = Field(

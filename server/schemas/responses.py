@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.decision import Decision, Reason
+from server.ports import Estimator
 from server.schemas.receipts import (
     Body,
     CalibrationSection,
@@ -114,7 +115,7 @@ class SamplingCard(Body):
     num_samples: int
     seed: int | None = Field(description="Null when nothing was drawn.")
     mask_set: str | None = Field(description="Id of the sample set; null when nothing was sampled.")
-    estimator: Literal["monte_carlo", "mean_mask"]
+    estimator: Estimator
     design: str
 
 

@@ -144,6 +144,7 @@ async def test_the_adapters_own_sampling_keeps_its_promises_when_it_is_asked_for
 async def test_the_card_shows_the_plan_with_its_evidence() -> None:
     plan = PlanCard(
         date="2026-11-30T00:00:00+00:00",
+        estimator="monte_carlo",
         num_samples=4,
         design="stratified",
         peer_num_samples=10,

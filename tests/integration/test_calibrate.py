@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from benchmarks.selective_coverage import scores_void
+from dalorra_core.artifact.manifest import LabelsRef
 from dalorra_core.artifact.store import load_artifact, update_artifact
 from dalorra_core.calibration.decisions import decide
 from dalorra_core.calibration.prediction_sets import members
@@ -26,7 +27,8 @@ from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.training.run import run_training
 from server.cli import app
 from server.engines.cards import adapter_card, answering_of
-from tests.support.tiny_models import write_jsonl
+from tests.support.tiny_artifacts import save_tiny_adapter
+from tests.support.tiny_models import LABEL_TOKENS, write_jsonl
 from tests.support.tiny_tasks import INTENTS, TinyTask, tiny_config
 
 _FILLERS = ("the", "what", "is", "you")
@@ -391,17 +393,65 @@ def test_a_point_method_is_calibrated_without_mutual_information(
     assert "all 1 rows have more than" in refused.stderr
 
 
-@pytest.fixture(scope="module")
-def planned(
-    calibrated: tuple[Path, Result], task: TinyTask, data: Path, tmp_path_factory: Any
-) -> tuple[Path, Result]:
-    adapter = shutil.copytree(calibrated[0], tmp_path_factory.mktemp("planned") / "adapter")
+def with_a_plan(adapter: Path, task: TinyTask, data: Path) -> Result:
     result = calibrate(
         *(adapter, task, data, "--plan", "--plan-rows", 40, "--plan-reference", 128),
         *("--target-risk", 0.3, "--out-of-scope-share", 0.1),
     )
     assert result.exit_code == 0, result.output
-    return adapter, result
+    return result
+
+
+@pytest.fixture(scope="module")
+def planned(
+    calibrated: tuple[Path, Result], task: TinyTask, data: Path, tmp_path_factory: Any
+) -> tuple[Path, Result]:
+    """Return an adapter with a plan of samples: as if it had too many labels for another."""
+    adapter = shutil.copytree(calibrated[0], tmp_path_factory.mktemp("planned") / "adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dalorra_core.predictive.predictor.MOST_LINEARISED_LABELS", 1)
+        return adapter, with_a_plan(adapter, task, data)
+
+
+def test_a_linearised_plan_is_measured_chosen_and_certified(
+    task: TinyTask, data: Path, tmp_path: Path
+) -> None:
+    """With gates on the head alone the network is linear in them."""
+    labels = LabelsRef(
+        labels=tuple(INTENTS),
+        token_ids=LABEL_TOKENS[: len(INTENTS)],
+        out_of_scope_label="oos",
+    )
+    adapter = save_tiny_adapter(
+        *(tmp_path / "adapter", task.base), targets=("lm_head",), r=6, labels=labels
+    )
+    before = load_artifact(adapter).manifest
+    result, shown = with_a_plan(adapter, task, data), call("inspect", adapter)
+    after = load_artifact(adapter).manifest
+    record = after.calibration
+    assert record is not None
+    plan = record.plan
+    assert plan is not None
+    passes = 128 + 8 * (54 + 10 + 1 + len(after.labels.labels)) + 1
+    assert f"measuring: {passes * 40} of {passes * 40} row passes" in result.stderr
+    assert plan.estimator == "linearised"
+    assert (plan.chosen.estimator, plan.chosen.num_samples) == ("linearised", 256)
+    assert plan.chosen.good_enough
+    assert after.predictive == before.predictive.model_copy(update={"estimator": "linearised"})
+    assert (record.measured_with.estimator, record.measured_with.num_samples) == ("linearised", 256)
+    assert after.golden_predictive == before.predictive
+    assert {policy.chosen_on.estimator for policy in after.policies} <= {"linearised"}
+    assert "plan: linearised, 256 draws: squared error of the mean" in result.stdout
+    assert "\npredictive linearised (samples: M = " in shown.stdout
+    predictor = Predictor.load(adapter, base=str(task.base), device="cpu")
+    card = adapter_card(predictor.artifact, answering_of(predictor), 0.0)
+    assert (card.defaults.estimator, card.defaults.num_samples) == ("linearised", 256)
+    assert card.sampled is not None
+    assert card.sampled.num_samples == before.predictive.num_samples
+    assert card.calibration is not None
+    assert card.calibration.void is None
+    assert card.calibration.plan is not None
+    assert card.calibration.plan.estimator == "linearised"
 
 
 def test_the_chosen_plan_is_what_is_served_and_certified(

@@ -41,6 +41,7 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 
 __all__ = [
     "FAMILIES",
+    "LABEL_TOKENS",
     "TinyAdapter",
     "assert_near",
     "batch_of",

@@ -55,9 +55,14 @@ def test_nothing_that_version_1_said_is_lost() -> None:
     stored, loaded = values_of(STORED), load_artifact(STORED).manifest.model_dump(mode="json")
     for name in set(stored) - {"manifest_sha256", "format_version", "policies"}:
         kept = loaded[name]
-        if isinstance(kept, dict) and name in {"labels", "prompt"}:  # have new optional fields
+        if isinstance(kept, dict) and name in {
+            "labels",
+            "prompt",
+            "predictive",
+        }:  # have new optional fields
             kept = {key: kept[key] for key in stored[name]}
         assert kept == stored[name], name
+    assert loaded["predictive"]["estimator"] == "monte_carlo"
     assert (loaded["labels"]["union"], loaded["prompt"]["append_eos"]) == ([], False)
     assert len(stored["policies"]) == len(loaded["policies"]) == 2
     for old, new in zip(stored["policies"], loaded["policies"], strict=True):

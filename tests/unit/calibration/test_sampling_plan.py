@@ -11,6 +11,7 @@ from dalorra_core.calibration.estimator_errors import reference_answers
 from dalorra_core.calibration.sampling_plan import (
     PEER,
     SIZES,
+    LinearisedAnswers,
     Option,
     PlanChoice,
     PlanRequest,
@@ -135,6 +136,36 @@ def test_an_auroc_below_the_references_rules_an_option_out() -> None:
     assert choice.reference_auroc == 1.0
     assert of(choice, ("stratified", 4)).out_of_scope_auroc == 0.5
     assert choice.option == ("stratified", 6)
+
+
+def with_linearised(keep: float, passes: int, shift: float = 0.0) -> PlanChoice:
+    """Return the choice where the linearised network is the network, but for a shift of a logit."""
+    of_masks = answers(4, one_each=False)
+    reference = samples(of_masks, "reference 0", keep, ("iid", REFERENCE), 1)[0]
+    options: list[Option] = [("stratified", m) for m in SIZES]
+    packs = {o: samples(of_masks, "pack 0", keep, o, 8) for o in options}
+    drawn = samples(of_masks, "linearised", keep, ("iid", 256), 8)
+    moved = drawn + shift * torch.eye(LABELS, dtype=drawn.dtype)[0]
+    found = LinearisedAnswers(moved.log_softmax(-1), passes)
+    return choose_plan(reference, packs, torch.zeros(ROWS, dtype=torch.bool), found)
+
+
+def test_draws_of_a_linearised_network_are_taken_where_they_cost_less() -> None:
+    choice = with_linearised(0.91, passes=5)
+    assert (choice.estimator, choice.option) == ("linearised", ("iid", 256))
+    taken = choice.candidates[-1]
+    assert taken.estimator == "linearised"
+    assert abs(taken.mean_error) < 0.1 * of(choice, PEER).mean_error
+    dear = with_linearised(0.91, passes=11)
+    assert dear.estimator == "monte_carlo"
+    assert dear.candidates == choice.candidates
+    assert dear.candidates[-1].good_enough
+
+
+def test_a_linearised_network_that_is_another_one_is_not_taken() -> None:
+    choice = with_linearised(0.91, passes=2, shift=1.0)
+    assert choice.estimator == "monte_carlo"
+    assert not choice.candidates[-1].good_enough
 
 
 def test_mean_mask_is_a_row_without_mutual_information() -> None:

@@ -14,7 +14,14 @@ from dalorra_core.methods.frozen_gates import METHOD as FROZEN_GATES
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.gates import independent_gates
 from dalorra_core.predictive.gaussian import probit_logits
-from dalorra_core.predictive.linearised import LinearisedGates, controlled, flat_gates
+from dalorra_core.predictive.gradients import label_gradients_of_rows
+from dalorra_core.predictive.linearised import (
+    LinearisedGates,
+    controlled,
+    flat_gates,
+    gate_covariance,
+    random_gates,
+)
 from tests.support.reference import every_mask, mask_probability
 from tests.support.tiny_models import (
     FAMILIES,
@@ -67,6 +74,23 @@ def test_the_jacobian_is_finite_differences_in_the_gates(family: str) -> None:
         slope = (8 * near - far) / (12 * step)  # five points, since norms are float32
         error = (found.jacobian[..., g] - slope).abs().max()
         assert error < 5e-4 * max(1.0, float(slope.abs().max()))
+
+
+def test_gates_that_are_always_on_or_off_take_no_derivative_and_change_no_covariance() -> None:
+    tiny = tiny_adapter(r=2, targets=("q_proj", "down_proj", "lm_head"))
+    keep = keep_of(tiny).clone()
+    keep[:3] = torch.tensor([1.0, 0.0])  # of the lower layers
+    pack = gated_pack(tiny.state, keep[None])
+    every = independent_gates(DalorraConfig(), pack)
+    some = random_gates(every)
+    assert list(some) == list(every)[3:]
+    whole = LinearisedGates.of(tiny.model, pack, ROWS, keep=every, max_padded_tokens=1000)
+    ((places, gradients),) = label_gradients_of_rows(
+        tiny.model, pack, ROWS, modules=tuple(some), max_padded_tokens=1000
+    )
+    found = gate_covariance(pack, some)(gradients)
+    assert_near(found, whole.covariance[places])
+    assert float(found.diagonal(dim1=1, dim2=2).min()) > 0
 
 
 @pytest.fixture(scope="module")
