@@ -180,7 +180,7 @@ class Predictor:
 
     @cached_property
     def estimators(self) -> tuple[Estimator, ...]:
-        """What can answer, the adapter's own way first."""
+        """What can answer here; which of them does by default is in ``default_plan``."""
         return ("monte_carlo", "mean_mask", *(() if self._not_linearised else ("linearised",)))
 
     @cached_property
