@@ -42,6 +42,7 @@ from dalorra_core.training.step import TrainStep
 from dalorra_core.training.updates import Updater
 
 PEER = "peft"
+COMPILED = ", compiled layers"
 TARGETS = ("q_proj", "v_proj", "lm_head")
 BATCHES = {"short rows": ("trec", "text", 32, 0.7), "OpenBookQA": ("openbookqa", "choice", 4, 0.85)}
 """Name to data set, form, rows of a batch, and the largest ratio to the peer that is asked for."""
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--methods", nargs="+", default=["mle", "dalorra"], choices=sorted(METHODS))
+    parser.add_argument(
+        "--compiled", action="store_true", help="each method also with torch.compile on its layers"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="steps of each contender")
     parser.add_argument("--count", action="store_true", help="count parameters, measure nothing")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -140,6 +144,10 @@ def _contender(name: str, label_set: LabelSet, options: argparse.Namespace) -> S
     model = load_model(resolve_base_model(options.base), device, dtype, "sdpa")
     if name == PEER:
         return _peft_step(model, label_set)
+    if name.endswith(COMPILED):
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)  # batches have many lengths
+    name = name.removesuffix(COMPILED)
     specs = label_rows_only(find_targets(model, TARGETS), len(label_set))
     settings = METHODS[name].settings(name=name)
     module = TrainStep(
@@ -197,11 +205,15 @@ def _peft_step(model: Any, label_set: LabelSet) -> Step:
 def _timed(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return seconds a step of every contender, interleaved, and peak memory."""
     batches, label_set = _batches(name, options)
-    contenders = (PEER, *options.methods)
+    compiled = tuple(name + COMPILED for name in options.methods if options.compiled)
+    contenders = (PEER, *options.methods, *compiled)
     steps = {who: _contender(who, label_set, options) for who in contenders}
     seconds: dict[str, list[float]] = {who: [] for who in contenders}
     for who in contenders:
-        steps[who](batches[0])  # the first one allocates
+        began_s = time.perf_counter()
+        for batch in batches[:3] if who in compiled else batches[:1]:  # allocates, compiles
+            steps[who](batch)
+        sys.stderr.write(f"{name}: {who} was ready after {time.perf_counter() - began_s:.1f} s\n")
     for number in range(options.rounds):
         for who in contenders:
             _finish(options)

@@ -264,7 +264,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Padded tokens times samples of one batch, of which what the samples share counts "
+            help="Tokens times samples of one batch, of which what the samples share counts "
             "once. [default: by device]",
             rich_help_panel=_QUEUE,
         ),

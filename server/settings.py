@@ -182,8 +182,8 @@ class Settings(BaseSettings):
     max_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Padded tokens times samples of one batch, of which what the samples share "
-        "counts once; the engine's own choice if unset.",
+        description="Tokens times samples of one batch, padding included where rows are padded; "
+        "what the samples share counts once. The engine's own choice if unset.",
     )
     batch_wait_ms: float = Field(
         default=4.0,

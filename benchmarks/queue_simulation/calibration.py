@@ -89,6 +89,7 @@ async def calibrated(
     lengths = [solo.tokens for solo in solos]
     samples = solos[0].samples
     batch, pass_tokens = _limits(options, subject.says["settings"])
+    unpadded = options.fake is None  # an engine on a CPU; the fake one charges for padding
     counts = [Linear.counts([length], samples, pass_tokens) for length in lengths]
     seconds = [solo.engine_s for solo in solos]
     for size in options.sizes:
@@ -96,10 +97,11 @@ async def calibrated(
             places = [(size * repeat + n) % len(bodies) for n in range(size)]
             together = {**bodies[0], "input": [bodies[place]["input"] for place in places]}
             seconds.append((await _alone(wire, together)).engine_s)
-            parts = cut([lengths[place] for place in places], samples, batch)
-            each = [Linear.counts(part, samples, pass_tokens) for part in parts]
+            own = [lengths[place] for place in places]
+            parts = cut(own, samples, batch, unpadded=unpadded)
+            each = [Linear.counts(p, samples, pass_tokens, unpadded=unpadded) for p in parts]
             counts.append((sum(one for one, _ in each), sum(other for _, other in each)))
-    service = Linear.fit(counts, seconds, pass_tokens)
+    service = Linear.fit(counts, seconds, pass_tokens, unpadded=unpadded)
     besides_s = statistics.median(solo.besides_s for solo in solos)
     model = ReplicaModel(
         service,
@@ -109,6 +111,7 @@ async def calibrated(
         deadline_s=options.deadline_ms / 1000,
         front_s=front_s,
         delay_s=max(0.0, besides_s - front_s),
+        unpadded=unpadded,
     )
     fitted = [service.pass_s * passes + service.token_s * tokens for passes, tokens in counts]
     errors = [abs(one / other - 1) for one, other in zip(fitted, seconds, strict=True)]
@@ -138,10 +141,14 @@ def _limits(options: argparse.Namespace, said: Mapping[str, str]) -> tuple[Batch
     return batch_limits(engine, settings), engine.preferred_batch_tokens
 
 
-def cut(lengths: Sequence[int], samples: int, limits: BatchLimits) -> list[list[int]]:
+def cut(
+    lengths: Sequence[int], samples: int, limits: BatchLimits, *, unpadded: bool = False
+) -> list[list[int]]:
     """Return the batches in which the rows of one request go when nobody else is there."""
     rows = tuple(EncodedRow(length, truncated=False, payload=None) for length in lengths)
-    ticket = Ticket(BatchKey("", Sampling(samples)), rows, deadline_s=float("inf"))
+    ticket = Ticket(
+        BatchKey("", Sampling(samples), unpadded=unpadded), rows, deadline_s=float("inf")
+    )
     waiting = ticket.pending(0.0)
     found: list[list[int]] = []
     while waiting:

@@ -27,32 +27,42 @@ def passes_of(lengths: Sequence[int], samples: int, limit: int) -> list[tuple[in
 
 @dataclass(frozen=True)
 class Linear:
-    """So much for a pass, and so much for each of its padded tokens times samples.
+    """So much for a pass, and so much for each of its tokens times samples.
 
     Attributes:
         pass_s: Seconds of a pass.
-        token_s: Seconds of a padded token of one sample.
+        token_s: Seconds of a token of one sample, or of padding where there is any.
         pass_tokens: What one pass takes at most, see ``padded_token_limit``.
+        unpadded: Whether rows share a pass without padding.
     """
 
     pass_s: float
     token_s: float
     pass_tokens: int
+    unpadded: bool = False
 
     def __call__(self, lengths: Sequence[int], samples: int) -> float:
         """Return the seconds that a batch takes."""
-        passes, tokens = self.counts(lengths, samples, self.pass_tokens)
+        passes, tokens = self.counts(lengths, samples, self.pass_tokens, unpadded=self.unpadded)
         return self.pass_s * passes + self.token_s * tokens
 
     @staticmethod
-    def counts(lengths: Sequence[int], samples: int, pass_tokens: int) -> tuple[int, int]:
-        """Return the passes of a batch, and their padded tokens times samples together."""
+    def counts(
+        lengths: Sequence[int], samples: int, pass_tokens: int, *, unpadded: bool = False
+    ) -> tuple[int, int]:
+        """Return the passes of a batch, and their tokens times samples together."""
         passes = passes_of(lengths, samples, pass_tokens)
-        return len(passes), sum(rows * longest * m for rows, longest, m in passes)
+        padded = sum(rows * longest * m for rows, longest, m in passes)
+        return len(passes), sum(lengths) * samples if unpadded else padded
 
     @classmethod
     def fit(
-        cls, counts: Sequence[tuple[int, int]], seconds: Sequence[float], pass_tokens: int
+        cls,
+        counts: Sequence[tuple[int, int]],
+        seconds: Sequence[float],
+        pass_tokens: int,
+        *,
+        unpadded: bool = False,
     ) -> "Linear":
         """Return the least squares of relative errors, neither part below zero.
 
@@ -60,16 +70,17 @@ class Linear:
             counts: Passes and tokens of what was measured, see ``counts``.
             seconds: How long it took.
             pass_tokens: What one pass takes at most.
+            unpadded: How the tokens were counted.
         """
         known = np.array(counts, dtype=float) / np.array(seconds)[:, None]  # (n, 2)
         ones = np.ones(len(seconds))
         both = np.linalg.lstsq(known, ones, rcond=None)[0]
         if both.min() >= 0:
-            return cls(float(both[0]), float(both[1]), pass_tokens)
+            return cls(float(both[0]), float(both[1]), pass_tokens, unpadded)
         alone = [float(known[:, i].sum() / (known[:, i] ** 2).sum()) for i in (0, 1)]
         errors = [float(((alone[i] * known[:, i] - 1) ** 2).sum()) for i in (0, 1)]
         better = int(errors[1] < errors[0])
-        return cls(*((0.0, alone[1]) if better else (alone[0], 0.0)), pass_tokens)
+        return cls(*((0.0, alone[1]) if better else (alone[0], 0.0)), pass_tokens, unpadded)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class ReplicaModel:
         deadline_s: Of every request, from its arrival.
         front_s: What a request takes of the event loop, which does one thing at a time.
         delay_s: What a client waits besides: parts that do not hold up anyone else.
+        unpadded: Whether rows share a pass without padding.
     """
 
     service: Service
@@ -55,6 +56,7 @@ class ReplicaModel:
     deadline_s: float = 30.0
     front_s: float = 0.0
     delay_s: float = 0.0
+    unpadded: bool = False
 
 
 @dataclass
@@ -108,7 +110,7 @@ class _Request:
         rows = tuple(
             EncodedRow(length, truncated=False, payload=None) for length in arrival.lengths
         )
-        key = BatchKey("simulated", Sampling(num_samples=model.samples))
+        key = BatchKey("simulated", Sampling(model.samples), unpadded=model.unpadded)
         self.at_s = arrival.at_s
         self.ticket = Ticket(key, rows, deadline_s=arrival.at_s + model.deadline_s)
         self.left = len(rows)

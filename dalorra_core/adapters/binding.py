@@ -6,6 +6,7 @@ forward without a pack is the base model's, and a pack can never leak into the n
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 from dalorra_core.adapters.pack import ModulePack, SamplePack
@@ -20,10 +21,15 @@ class Share(NamedTuple):
     Attributes:
         rows: Places among each sample's rows.
         of: B, the rows of all packs together.
+        tokens: Places of their tokens, where rows may come one after the other without padding.
+        of_tokens: N, the tokens of all rows. Rows of that length are such: padded ones, of which
+            there are two and more, are shorter. 0 where they always come padded.
     """
 
     rows: slice
     of: int
+    tokens: slice = slice(0)
+    of_tokens: int = 0
 
 
 class Loan(NamedTuple):
@@ -50,19 +56,22 @@ class Binding:
         self._lent: tuple[tuple[SamplePack, Share | None], ...] = ()
 
     @contextmanager
-    def bind(self, *packs: SamplePack, rows: Sequence[int] = ()) -> Iterator[None]:
+    def bind(
+        self, *packs: SamplePack, rows: Sequence[int] = (), lengths: Sequence[int] = ()
+    ) -> Iterator[None]:
         """Lend packs to the layers inside the block, then take them back, also on error.
 
         Args:
             packs: One pack for the whole batch; or several of equal M, each for its own rows.
             rows: With several packs, how many of each sample's B rows each one has, in order:
                 row b of the batch belongs to the pack whose run of rows holds b.
+            lengths: Tokens of each of the B rows, if layers may get them without padding.
 
         Raises:
             RuntimeError: Packs are lent already: two forwards would share them.
             ConfigError: The packs differ in M, or the counts do not fit them.
         """
-        with self._lending(_shares(packs, rows)):
+        with self._lending(_shares(packs, rows, lengths)):
             yield
 
     def again(self) -> Callable[[], AbstractContextManager[None]]:
@@ -93,7 +102,7 @@ class Binding:
 
 
 def _shares(
-    packs: Sequence[SamplePack], rows: Sequence[int]
+    packs: Sequence[SamplePack], rows: Sequence[int], lengths: Sequence[int]
 ) -> tuple[tuple[SamplePack, Share | None], ...]:
     if len(packs) == 1 and not rows:
         return ((packs[0], None),)
@@ -102,8 +111,11 @@ def _shares(
         raise ConfigError(f"packs bound together must have equal num_samples, got {samples}")
     if len(rows) != len(packs) or min(rows) < 1:
         raise ConfigError(f"each of {len(packs)} packs must have at least one row, got {rows}")
-    stops = [sum(rows[: i + 1]) for i in range(len(rows))]
-    return tuple(
-        (pack, Share(slice(stop - count, stop), stops[-1]))
-        for pack, count, stop in zip(packs, rows, stops, strict=True)
-    )
+    stops = list(accumulate(rows))
+    shares = [Share(slice(stop - n, stop), stops[-1]) for n, stop in zip(rows, stops, strict=True)]
+    if lengths:
+        ends = [0, *accumulate(lengths)]  # of the rows' tokens
+        tokens = [slice(ends[s.rows.start], ends[s.rows.stop]) for s in shares]
+        pairs = zip(shares, tokens, strict=True)
+        shares = [s._replace(tokens=own, of_tokens=ends[-1]) for s, own in pairs]
+    return tuple(zip(packs, shares, strict=True))

@@ -102,6 +102,9 @@ def _with_delta(out: Tensor, h: Tensor, loan: Loan) -> Tensor:
     module, m, scaling, share = loan
     if share is None:
         return _plus_up(out, _core_features(h, module, m), module.lora_B, scaling)
+    if h.shape[1] == share.of_tokens:  # rows without padding, (M or 1, N, d)
+        out[:, share.tokens] += low_rank_delta(h[:, share.tokens], module, m, scaling)
+        return out
     copies = len(h) // share.of  # M; or 1, in layers that all samples share
     own = unfold(h, copies)[:, share.rows].flatten(0, 1)  # (copies*B_g, ..., d_in)
     delta = low_rank_delta(own, module, m, scaling)

@@ -295,11 +295,11 @@ class _Scoring:
         )
 
     def _plan(self, wanted: Wanted) -> SamplingPlan:
-        default, asked = self.predictor.default_plan, wanted.predictive
+        stored, asked = self.predictor.sampled_plan, wanted.predictive
         drawn = self.predictor.method.draws_samples(self.predictor.manifest.method)
-        design = asked.design if drawn and asked.design else default.design
+        design = asked.design if drawn and asked.design else stored.design
         return SamplingPlan(
-            asked.num_samples or default.num_samples, default.seed, asked.estimator, design
+            asked.num_samples or stored.num_samples, stored.seed, asked.estimator, design
         )
 
     def _set(self, name: str) -> list[EncodedExample]:

@@ -13,7 +13,7 @@ def measured_with(predictor: Predictor, plan: SamplingPlan) -> MeasuredWith:
     return MeasuredWith(
         adapter_sha256=predictor.artifact.sha256,
         num_samples=predictor.num_functions(plan),
-        design="iid" if plan.estimator == "linearised" else plan.design,
+        design=plan.design,
         seed=0 if predictor.fixed_functions is not None else plan.seed,
         estimator="mean_mask" if predictor.point_method else plan.estimator,
         temperature=predictor.temperature,

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -11,7 +10,7 @@ import torch
 import typer
 
 from dalorra_core.artifact.calibration_record import HIGHER_IS_SURER, PlanEvidence
-from dalorra_core.artifact.manifest import with_plan
+from dalorra_core.artifact.manifest import Manifest, with_plan
 from dalorra_core.artifact.store import update_artifact
 from dalorra_core.calibration.answered_rows import AnsweredRows
 from dalorra_core.calibration.calibrate import (
@@ -37,7 +36,8 @@ from dalorra_core.cli.options import AdapterArgument, BaseOption, DeviceOption, 
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import Example
 from dalorra_core.errors import ConfigError, DataError
-from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+from dalorra_core.predictive.plan import SamplingPlan, plan_of
+from dalorra_core.predictive.predictor import Predictor
 from dalorra_core.predictive.scoring import Prediction
 from dalorra_core.report.calibration_report import check_plotting, write_report
 
@@ -199,7 +199,8 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
         rows = _labelled(predictor, sources, allow_missing=allow_missing_labels)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         evidence = None if asked is None else chosen_plan(predictor, *rows, asked, now)
-        sampling = _sampling(predictor, evidence)
+        new = predictor.manifest if evidence is None else with_plan(predictor.manifest, evidence)
+        sampling = plan_of(new.predictive)
         answered = _answered(predictor, sources, rows, sampling, scores)
         here = measured_with(predictor, sampling)
         outcome = calibrate(answered, predictor.labels, here, request, now)
@@ -210,7 +211,7 @@ def calibrate_command(  # noqa: PLR0913, PLR0917  one parameter per option
             for path in write_report(report, outcome, answered, request.delta):
                 note(f"wrote {path}")
         if not dry_run:
-            _write(adapter, predictor, outcome, evidence)
+            _write(adapter, new, outcome, evidence)
 
 
 def _one_of(setting: str, value: str, allowed: Sequence[str]) -> Any:
@@ -239,21 +240,6 @@ def _labelled(
     if not kept:
         raise DataError(f"all {len(rows)} rows have more than {predictor.max_tokens} tokens")
     return [examples[i] for i in kept], [rows[i] for i in kept]
-
-
-def _sampling(predictor: Predictor, evidence: PlanEvidence | None) -> SamplingPlan:
-    """Return the predictive to certify: the one that was just chosen, else the stored one."""
-    stored = predictor.default_plan
-    if evidence is None:
-        return stored
-    if evidence.estimator == "linearised":
-        return replace(stored, estimator="linearised")
-    return replace(
-        stored,
-        estimator="monte_carlo",
-        num_samples=evidence.num_samples,
-        design=evidence.design,
-    )
 
 
 def _answered(
@@ -309,12 +295,9 @@ def _prediction(
 
 
 def _write(
-    adapter: Path, predictor: Predictor, outcome: CalibrationOutcome, evidence: PlanEvidence | None
+    adapter: Path, manifest: Manifest, outcome: CalibrationOutcome, evidence: PlanEvidence | None
 ) -> None:
-    manifest = predictor.manifest
-    if evidence is not None:
-        manifest = with_plan(manifest, evidence)
-    elif manifest.calibration is not None:
+    if evidence is None and manifest.calibration is not None:
         evidence = manifest.calibration.plan  # of the predictive that stays
     updates = {
         "calibration": outcome.calibration.model_copy(update={"plan": evidence}),

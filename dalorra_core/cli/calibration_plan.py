@@ -58,10 +58,11 @@ def chosen_plan(
         DataError: There are too few rows.
     """
     places = plan_rows([example.id for example in examples], request.rows)
-    passes, served = passes_needed(predictor, request), predictor.default_plan.num_samples
+    passes, stored = passes_needed(predictor, request), predictor.sampled_plan
     note(
         f"measuring the plan: {passes} passes over {len(places)} rows, what "
-        f"{round(passes * len(places) / served)} answers cost at M = {served}"
+        f"{round(passes * len(places) / stored.num_samples)} answers cost at "
+        f"M = {stored.num_samples}"
     )
     with row_progress("measuring", passes * len(places), "row passes") as advance:
         return find_plan(

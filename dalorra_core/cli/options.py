@@ -84,21 +84,23 @@ def plan_from(
         ConfigError: If estimator or design is unknown, has no effect, or the adapter cannot follow
             it.
     """
-    default = predictor.default_plan
+    stored = predictor.sampled_plan
     samples_asked = num_samples is not None or design is not None
     asked = (
-        ("monte_carlo" if samples_asked else default.estimator) if estimator is None else estimator
+        ("monte_carlo" if samples_asked else predictor.default_plan.estimator)
+        if estimator is None
+        else estimator
     )
     chosen = _one_of(ESTIMATORS, "estimator", asked)
     if design is not None and chosen != "monte_carlo":
         raise ConfigError(f"design must be left out with {chosen}, got {design!r}")
     if num_samples is not None and chosen == "linearised":
         raise ConfigError(f"num_samples must be left out with linearised, got {num_samples}")
-    found = default.design if design is None else _one_of(DESIGNS, "design", design)
+    found = stored.design if design is None else _one_of(DESIGNS, "design", design)
     predictor.method.check_design(predictor.manifest.method, found)
     plan = SamplingPlan(
-        num_samples=default.num_samples if num_samples is None else num_samples,
-        seed=default.seed if seed is None else seed,
+        num_samples=stored.num_samples if num_samples is None else num_samples,
+        seed=stored.seed if seed is None else seed,
         estimator=chosen,
         design=found,
     )

@@ -58,7 +58,7 @@ class LabelModel(nn.Module):
         self.head = LabelHead(trunk.model, label_set.token_ids)
         with trunk.turns:
             self.head.check_against(trunk.model, trunk.decoder)
-            _ = trunk.shortens  # tried now, not under the first request
+            _ = trunk.shortens, trunk.unpads  # tried now, not under the first request
         self.head.check_adapter(specs)
         trunk.adapt(specs)
         self._layers = {spec.name: spec.layer for spec in specs}
@@ -213,7 +213,8 @@ def begun_together(groups: Sequence[PackedRows]) -> tuple[TokenBatch, ...]:
             return batches
         counts = _counts(groups)
         ids = _joined([batch.input_ids for batch in batches])
-        states = trunk.stem(ids, layer, packs, counts, _known(groups)).states
+        last = torch.cat([batch.last_index for batch in batches])
+        states = trunk.stem(ids, layer, packs, counts, _known(groups), last).states
     return tuple(
         replace(batch, stem=states[own, : batch.input_ids.shape[1]], stem_layer=layer)
         for batch, own in zip(batches, _runs(counts), strict=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalorra_core.adapters.inject import LM_HEAD
 from dalorra_core.adapters.linear import AdaptedLinear
 from dalorra_core.adapters.pack import MaybePositionless, SamplePack, fold
+from dalorra_core.predictive.unpadded import UnpaddedRows
 
 __all__ = ["can_shorten", "needs_every_position", "rotated", "shortened_to"]
 
@@ -35,7 +36,9 @@ def needs_every_position(packs: Sequence[SamplePack]) -> bool:
 
 
 @contextmanager
-def shortened_to(decoder: nn.Module, last: Tensor, num_samples: int = 1) -> Iterator[None]:
+def shortened_to(
+    decoder: nn.Module, last: Tensor, num_samples: int = 1, unpadded: UnpaddedRows | None = None
+) -> Iterator[None]:
     """Let the last layer give one position of each row, inside the block.
 
     What the decoder returns is then (N, 1, d).
@@ -45,9 +48,10 @@ def shortened_to(decoder: nn.Module, last: Tensor, num_samples: int = 1) -> Iter
         last: (N,) position of each row's last token, rows as they leave that layer.
         num_samples: M above 1 says that rows arrive as (B, T, d), the same for all samples, which
             begin to differ inside the layer; they leave it as row m*B + b.
+        unpadded: How rows arrive without padding, which this layer needs; None where they have it.
     """
     layers: Any = decoder.layers
-    short = _LastPositions(layers[-1], last, num_samples)
+    short = _LastPositions(layers[-1], last, num_samples, unpadded)
     decoder.layers = nn.ModuleList([*layers[:-1], short])
     try:
         yield
@@ -81,10 +85,12 @@ def can_shorten(decoder: nn.Module) -> bool:
 class _LastPositions(nn.Module):
     """Stands in the last layer's place; its parts, adapted or not, are the layer's own."""
 
-    def __init__(self, layer: nn.Module, last: Tensor, num_samples: int) -> None:
+    def __init__(
+        self, layer: nn.Module, last: Tensor, num_samples: int, unpadded: UnpaddedRows | None
+    ) -> None:
         super().__init__()
         self._layer: Any = layer
-        self._last, self._num_samples = last, num_samples
+        self._last, self._num_samples, self._unpadded = last, num_samples, unpadded
         self.attention_type = getattr(layer, "attention_type", None)  # some decoders ask for it
 
     def forward(self, hidden_states: Tensor, **options: Any) -> Any:
@@ -102,6 +108,10 @@ class _LastPositions(nn.Module):
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> Tensor:
         layer = self._layer
+        if self._unpadded is not None:
+            hidden_states = self._unpadded.padded(hidden_states)
+            cos, sin = position_embeddings
+            position_embeddings = self._unpadded.of_longest(cos), self._unpadded.of_longest(sin)
         here = self._last[: len(hidden_states)]  # the samples of a row end at the same token
         normed = layer.input_layernorm(hidden_states)
         attended = self._attention(normed, here, position_embeddings)

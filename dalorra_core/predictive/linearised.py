@@ -15,22 +15,30 @@ from torch import Tensor
 
 from dalorra_core.adapters.gradients import LabelGradients
 from dalorra_core.adapters.pack import SamplePack
+from dalorra_core.config import MethodSettings
 from dalorra_core.data.collate import EncodedExample
+from dalorra_core.errors import ConfigError
 from dalorra_core.methods.method import Draw
 from dalorra_core.objectives.elbo import label_log_probs
 from dalorra_core.predictive.forward import LabelModel
+from dalorra_core.predictive.gates import independent_gates
 from dalorra_core.predictive.gaussian import logit_draws, probit_logits
 from dalorra_core.predictive.gradients import label_gradients_of_rows
 
 __all__ = [
+    "MOST_LINEARISED_LABELS",
     "ControlledAnswers",
     "LinearisedGates",
     "controlled",
     "flat_gates",
     "gate_covariance",
     "gate_jacobian",
-    "random_gates",
+    "gates_to_linearise",
 ]
+
+MOST_LINEARISED_LABELS = 16
+"""A linearised answer takes a backward pass for each label: with more of them samples are
+cheaper."""
 
 
 def flat_gates(pack: SamplePack) -> Float[Tensor, "M G"]:
@@ -59,13 +67,33 @@ def gate_jacobian(pack: SamplePack, gradients: LabelGradients) -> Float[Tensor, 
     return torch.cat(found, dim=-1)
 
 
-def random_gates(keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the modules of which a gate is neither always on nor always off.
+def gates_to_linearise(
+    config: MethodSettings, mean_pack: SamplePack, *, num_labels: int
+) -> dict[str, Tensor]:
+    """Return the keep probabilities of the modules whose gates differ from sample to sample.
 
     Args:
-        keep: From ``independent_gates``.
+        config: The method's settings.
+        mean_pack: Its ``mean_pack``.
+        num_labels: Backward passes that an answer takes.
+
+    Raises:
+        ConfigError: The network cannot answer linearised, or it would not pay.
     """
-    return {name: p for name, p in keep.items() if bool(((p > 0) & (p < 1)).any())}
+    refused = "estimator linearised is not to be had of this adapter"
+    try:
+        keep = independent_gates(config, mean_pack)
+    except ConfigError as error:
+        raise ConfigError(f"{refused}: {error}") from error
+    random = {name: p for name, p in keep.items() if bool(((p > 0) & (p < 1)).any())}
+    if not random:
+        raise ConfigError(f"{refused}: every gate is always on or always off")
+    if num_labels > MOST_LINEARISED_LABELS:
+        raise ConfigError(
+            f"{refused}: it takes a backward pass for each label, so at most "
+            f"{MOST_LINEARISED_LABELS} are allowed, and there are {num_labels}"
+        )
+    return random
 
 
 def gate_covariance(
@@ -75,7 +103,7 @@ def gate_covariance(
 
     Args:
         mean_pack: The one function with every gate at its mean.
-        keep: From ``random_gates``, in the order of the pack's modules.
+        keep: From ``gates_to_linearise``, in the order of the pack's modules.
     """
     probs = torch.cat(list(keep.values())).double()
     deviation = (probs * (1 - probs)).sqrt()  # (G,)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dalorra_core.adapters.pack import SamplePack
-from dalorra_core.config import Design, Estimator
+from dalorra_core.config import Design, Estimator, PredictiveConfig
 from dalorra_core.errors import ConfigError
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "SAMPLES_KEPT",
     "KeptPacks",
     "SamplingPlan",
+    "plan_of",
+    "sampled_plan_of",
 ]
 
 PACKS_KEPT = 8
@@ -62,6 +64,18 @@ class SamplingPlan:
         """Refuse an empty mixture."""
         if self.num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {self.num_samples}")
+
+
+def plan_of(stored: PredictiveConfig) -> SamplingPlan:
+    """Return the default predictive of an artifact."""
+    if stored.estimator == "linearised":
+        return SamplingPlan(LINEARISED_DRAWS, stored.seed, "linearised")
+    return sampled_plan_of(stored)
+
+
+def sampled_plan_of(stored: PredictiveConfig) -> SamplingPlan:
+    """Return what an artifact has for who asks for samples, whatever its default is."""
+    return SamplingPlan(stored.num_samples, stored.seed, "monte_carlo", stored.design)
 
 
 class KeptPacks:

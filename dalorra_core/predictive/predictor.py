@@ -14,7 +14,7 @@ from dalorra_core.adapters.pack import SamplePack
 from dalorra_core.adapters.state import AdapterState
 from dalorra_core.artifact.calibration_record import CombinedScore
 from dalorra_core.artifact.store import Artifact, load_artifact
-from dalorra_core.config import Design, Estimator, PredictiveConfig
+from dalorra_core.config import Design, Estimator
 from dalorra_core.data.encode import EncodedExample, Truncation
 from dalorra_core.data.examples import Example
 from dalorra_core.errors import ArtifactCorruptError, ConfigError, GoldenProbeError
@@ -23,9 +23,9 @@ from dalorra_core.methods.dalorra import PHI
 from dalorra_core.methods.method import Draw
 from dalorra_core.predictive.encoder import RowEncoder
 from dalorra_core.predictive.forward import LabelModel
-from dalorra_core.predictive.gates import gate_entropy, gate_probs, independent_gates
+from dalorra_core.predictive.gates import gate_entropy, gate_probs
 from dalorra_core.predictive.gaussian import score_gaussian
-from dalorra_core.predictive.linearised import gate_covariance, random_gates
+from dalorra_core.predictive.linearised import gate_covariance, gates_to_linearise
 from dalorra_core.predictive.matching import check_base, state_of
 from dalorra_core.predictive.plan import (
     BYTES_KEPT,
@@ -34,13 +34,16 @@ from dalorra_core.predictive.plan import (
     SAMPLES_KEPT,
     KeptPacks,
     SamplingPlan,
+    plan_of,
+    sampled_plan_of,
 )
 from dalorra_core.predictive.scoring import Prediction, joined, score_rows
 from dalorra_core.predictive.shared_base import SharedBase, identify
 from dalorra_core.predictive.stem import kept_stem_states
 from dalorra_core.predictive.tempering import pooled, tempered
+from dalorra_core.predictive.unpadded import any_length
 
-__all__ = ["GOLDEN_TOLERANCE", "MOST_LINEARISED_LABELS", "Predictor", "SamplingPlan"]
+__all__ = ["GOLDEN_TOLERANCE", "Predictor", "SamplingPlan"]
 
 GOLDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest accepted difference of a golden probe's probabilities, by dtype.
@@ -48,11 +51,6 @@ GOLDEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 float32 sums differ between processors and libraries in the last digits only; bfloat16 keeps 8 bits,
 and thirty layers of it move a probability by a few hundredths (measured in docs/results.md).
 """
-
-
-MOST_LINEARISED_LABELS = 16
-"""A linearised answer takes a backward pass for each label: with more of them samples are
-cheaper."""
 
 
 class Predictor:
@@ -181,40 +179,31 @@ class Predictor:
     @cached_property
     def estimators(self) -> tuple[Estimator, ...]:
         """What can answer here; which of them does by default is in ``default_plan``."""
-        return ("monte_carlo", "mean_mask", *(() if self._not_linearised else ("linearised",)))
-
-    @cached_property
-    def _not_linearised(self) -> str | None:
-        """Why the linearised network cannot answer; None where it can."""
-        if self.point_method:
-            return "there is nothing to sample"
         try:
-            keep = self._random_gates
-        except ConfigError as error:
-            return str(error)
-        if not keep:
-            return "every gate is always on or always off"
-        if len(self.labels) > MOST_LINEARISED_LABELS:
-            return (
-                f"it takes a backward pass for each label, so at most {MOST_LINEARISED_LABELS} are "
-                f"allowed, and there are {len(self.labels)}"
-            )
-        return None
+            _ = self._linearised_gates
+        except ConfigError:
+            return ("monte_carlo", "mean_mask")
+        return ("monte_carlo", "mean_mask", "linearised")
 
     @cached_property
-    def _random_gates(self) -> dict[str, Tensor]:
-        """Keep probabilities of the modules whose gates differ from sample to sample.
+    def _linearised_gates(self) -> dict[str, Tensor]:
+        """Keep probabilities of the gates that a linearised answer is about.
 
         Raises:
-            ConfigError: See ``independent_gates``.
+            ConfigError: There is none of this adapter.
         """
         mean = self.method.mean_pack(self._state, self.manifest.method)
-        return random_gates(independent_gates(self.manifest.method, mean))
+        return gates_to_linearise(self.manifest.method, mean, num_labels=len(self.labels))
 
     @property
     def shared_depth(self) -> float:
         """Share of the layers that the samples of the default plan have in common, in [0, 1)."""
         return self.model.shared_depth(self.pack(self.default_plan))
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether rows of unlike length can share a forward pass without padding."""
+        return self.model.trunk.unpads and any_length([self.pack(self.default_plan)])
 
     def answers_alone(self, plan: SamplingPlan) -> bool:
         """Return whether rows cannot share a forward pass with those of other adapters."""
@@ -240,7 +229,12 @@ class Predictor:
     @property
     def default_plan(self) -> SamplingPlan:
         """The predictive stored in the artifact."""
-        return _plan_of(self.manifest.predictive)
+        return plan_of(self.manifest.predictive)
+
+    @property
+    def sampled_plan(self) -> SamplingPlan:
+        """The stored predictive of who asks for samples; see ``sampled_plan_of``."""
+        return sampled_plan_of(self.manifest.predictive)
 
     def encode(self, example: Example, truncate: Truncation = "none") -> EncodedExample:
         """Return one question as token ids; an unknown right label becomes -1.
@@ -279,10 +273,7 @@ class Predictor:
         if plan.estimator == "mean_mask":
             return SamplingPlan(1, 0, "mean_mask")
         if plan.estimator == "linearised":
-            if self._not_linearised is not None:
-                raise ConfigError(
-                    f"estimator linearised is not to be had of this adapter: {self._not_linearised}"
-                )
+            _ = self._linearised_gates  # says why there is none
             return SamplingPlan(LINEARISED_DRAWS, plan.seed, "linearised")
         self.method.check_design(self.manifest.method, plan.design)
         if self.point_method:
@@ -324,7 +315,7 @@ class Predictor:
         if self.point_method or self.fixed_functions is not None:
             return 0
         one, two = (
-            self._own_bytes(self._draw(replace(self.default_plan, num_samples=m))) for m in (1, 2)
+            self._own_bytes(self._draw(replace(self.sampled_plan, num_samples=m))) for m in (1, 2)
         )
         return two - one
 
@@ -444,7 +435,7 @@ class Predictor:
         )
 
     def _linearised_scorer(self, plan: SamplingPlan) -> Callable[..., Prediction]:
-        mean, keep = self.pack(plan), self._random_gates
+        mean, keep = self.pack(plan), self._linearised_gates
         return partial(
             score_gaussian,
             self.model,
@@ -483,7 +474,7 @@ class Predictor:
         Raises:
             GoldenProbeError: A probe stores another number of probabilities than there are labels.
         """
-        plan = _plan_of(self.manifest.golden_predictive or self.manifest.predictive)
+        plan = plan_of(self.manifest.golden_predictive or self.manifest.predictive)
         differences = [0.0]
         for probe, row in zip(self.manifest.golden, self.golden_rows(), strict=True):
             # Probes were stored before any temperature was known.
@@ -524,10 +515,6 @@ def _on_device(state: AdapterState, device: torch.device, *, whole: bool) -> Ada
         for name, value in state.params.items()
     }
     return replace(state, params=moved)
-
-
-def _plan_of(stored: PredictiveConfig) -> SamplingPlan:
-    return SamplingPlan(stored.num_samples, stored.seed, stored.estimator, stored.design)
 
 
 def _from(start: int, wanted: Callable[[int], bool]) -> Callable[[int], bool]:

@@ -14,6 +14,7 @@ from dalorra_core.adapters.pack import SamplePack, fold
 from dalorra_core.predictive.last_layer import can_shorten, needs_every_position, shortened_to
 from dalorra_core.predictive.recompute import recomputed_from
 from dalorra_core.predictive.turns import Turns
+from dalorra_core.predictive.unpadded import LayerWork, UnpaddedRows, any_length
 
 __all__ = ["RowStates", "Stem", "StemSource", "Trunk", "first_adapted_layer", "starting_at"]
 
@@ -111,10 +112,11 @@ class Trunk:
             layers: Any = self.decoder.layers
             # Where that is the layer from which samples differ, it has inputs that they share.
             inside = packs[0].num_samples if fold_layer == len(layers) - 1 else 1
-            with shortened_to(self.decoder, last, inside):
-                return self.states(
-                    input_ids, packs, rows, fold_layer, stem, folded_inside=inside > 1
-                )[:, 0]
+            short = self._without_padding(input_ids, last, packs)
+            with shortened_to(self.decoder, last, inside, short):
+                lent = self._lent(packs, rows, short)
+                copies = packs[0].num_samples // inside
+                return self._states(input_ids, lent, copies, fold_layer, stem, short)[:, 0]
         states = self.states(input_ids, packs, rows, fold_layer, stem)  # (M*B, T, d)
         return states[torch.arange(len(last), device=last.device), last]
 
@@ -138,6 +140,44 @@ class Trunk:
         Tried when it is first asked, which is to be inside ``turns`` and while nothing is bound.
         """
         return can_shorten(self.decoder)
+
+    @cached_property
+    def unpads(self) -> bool:
+        """Whether rows may go through the layers without padding, on this device to any use.
+
+        Tried when it is first asked, as ``shortens``.
+        """
+        on_cpu = next(self.decoder.parameters()).device.type == "cpu"
+        return on_cpu and not self.sharded and self.shortens and self._can_unpad()
+
+    @torch.no_grad()
+    def _can_unpad(self) -> bool:
+        """Try both ways on three rows."""
+        ids = torch.tensor([[1, 2, 3, 4, 3, 2], [3, 1, 2, 2, 4, 1], [2, 1, 4, 3, 1, 1]])
+        last, rows = torch.tensor([3, 5, 0]), torch.arange(3)
+        whole = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[rows, last]
+        short = UnpaddedRows.of([4, 6, 1])
+        try:
+            with shortened_to(self.decoder, last, unpadded=short):
+                found = self._run(ids, None, 1, short)[:, 0]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return False
+        return found.shape == whole.shape and torch.allclose(
+            found.float(), whole.float(), rtol=1e-2, atol=1e-2
+        )
+
+    @cached_property
+    def _layer_work(self) -> LayerWork:
+        return LayerWork.of(self.decoder)
+
+    def _without_padding(
+        self, input_ids: Tensor, last: Tensor | None, packs: Sequence[SamplePack]
+    ) -> UnpaddedRows | None:
+        """Return the rows without padding; None where that is not possible or no less work."""
+        if last is None or torch.is_grad_enabled() or not (self.unpads and any_length(packs)):
+            return None
+        lengths = [place + 1 for place in last[: len(input_ids)].tolist()]
+        return UnpaddedRows.of(lengths) if self._layer_work.saved_by(lengths) > 0 else None
 
     def begins_at(self, layer: int) -> bool:
         """Return whether a forward can begin at the inputs of a layer.
@@ -169,6 +209,7 @@ class Trunk:
         packs: Sequence[SamplePack] = (),
         rows: Sequence[int] = (),
         known: Stem | None = None,
+        last: Tensor | None = None,
     ) -> Stem:
         """Return the inputs of a layer; to be called inside ``turns``. What lies above is not run.
 
@@ -178,11 +219,13 @@ class Trunk:
             packs: Whose samples share the layers below; none where no adapter begins there.
             rows: Rows of each pack.
             known: The inputs of that layer or of one below, where they are known.
+            last: (B,) position of each row's last token, if what stands after it is not wanted.
         """
         if known is not None and known.layer == layer:
             return known
-        with self._lent(packs, rows):
-            return self._stopped_at(input_ids, layer, known)
+        short = self._without_padding(input_ids, last, packs)
+        with self._lent(packs, rows, short):
+            return self._stopped_at(input_ids, layer, known, short)
 
     def states(
         self,
@@ -191,8 +234,6 @@ class Trunk:
         rows: Sequence[int],
         fold_layer: int | None,
         stem: Stem | None = None,
-        *,
-        folded_inside: bool = False,
     ) -> Tensor:
         """Return the last hidden states; to be called inside ``turns``.
 
@@ -204,23 +245,46 @@ class Trunk:
                 rows. None: before the decoder.
             stem: The inputs of that layer or of one below, where they are known: what lies below
                 those is not run.
-            folded_inside: That layer does the folding itself.
 
         Returns:
             (M*B, T, d), row m*B + b.
         """
-        m = 1 if folded_inside else packs[0].num_samples
-        if fold_layer is not None and m > 1:
-            stem = self.stem(input_ids, fold_layer, packs, rows, stem)
-        with self._lent(packs, rows), self._kept(0 if stem is None else stem.layer):
-            return self._run(input_ids, stem, m)
+        lent = self._lent(packs, rows, None)
+        return self._states(input_ids, lent, packs[0].num_samples, fold_layer, stem, None)
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        lent: AbstractContextManager[None],
+        copies: int,
+        fold_layer: int | None,
+        stem: Stem | None,
+        short: UnpaddedRows | None,
+    ) -> Tensor:
+        """Return the last hidden states.
+
+        Args:
+            input_ids: See ``states``, as for what is not named here.
+            lent: Lends the packs.
+            copies: How often rows are repeated at ``fold_layer``.
+            fold_layer: As there.
+            stem: As there.
+            short: The rows without padding; the last layer then pads them.
+        """
+        with lent:
+            if fold_layer is not None and copies > 1 and (stem is None or stem.layer != fold_layer):
+                stem = self._stopped_at(input_ids, fold_layer, stem, short)
+            with self._kept(0 if stem is None else stem.layer):
+                return self._run(input_ids, stem, copies, short)
 
     def _lent(
-        self, packs: Sequence[SamplePack], rows: Sequence[int]
+        self, packs: Sequence[SamplePack], rows: Sequence[int], short: UnpaddedRows | None
     ) -> AbstractContextManager[None]:
         if not packs:
             return nullcontext()
-        return self.binding.bind(*packs, rows=rows if len(packs) > 1 else ())
+        if len(packs) == 1:
+            return self.binding.bind(*packs)
+        return self.binding.bind(*packs, rows=rows, lengths=() if short is None else short.lengths)
 
     def _kept(self, first: int) -> AbstractContextManager[None]:
         """Return what decides which activations are kept for the backward pass."""
@@ -228,17 +292,24 @@ class Trunk:
             return nullcontext()
         return recomputed_from(self.decoder, first, self.binding)
 
-    def _run(self, input_ids: Tensor, stem: Stem | None, copies: int) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, stem: Stem | None, copies: int, short: UnpaddedRows | None = None
+    ) -> Tensor:
         """Return the last hidden states of rows that are repeated before the first layer run."""
+        inputs = input_ids if stem is None else stem.states
+        options: dict[str, Any] = {"use_cache": False}
+        if short is not None:
+            inputs = short.joined(inputs)
+            options["position_ids"] = short.positions
+        inputs = fold(inputs, copies)
         if stem is None:
-            whole = self.decoder(input_ids=fold(input_ids, copies), use_cache=False)
-            found: Tensor = whole.last_hidden_state
-            return found
+            return self.decoder(input_ids=inputs, **options).last_hidden_state
         with starting_at(self.decoder, stem.layer):
-            embedded = fold(stem.states, copies)
-            return self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            return self.decoder(inputs_embeds=inputs, **options).last_hidden_state
 
-    def _stopped_at(self, input_ids: Tensor, layer: int, known: Stem | None) -> Stem:
+    def _stopped_at(
+        self, input_ids: Tensor, layer: int, known: Stem | None, short: UnpaddedRows | None = None
+    ) -> Stem:
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -249,8 +320,8 @@ class Trunk:
         # before other hooks, which would fetch the weights of a layer that is not run
         stopping = layers[layer].register_forward_pre_hook(stop, prepend=True)
         with stopping, suppress(_ReachedError):
-            self._run(input_ids, known, 1)
-        return Stem(layer, found[0])
+            self._run(input_ids, known, 1, short)
+        return Stem(layer, found[0] if short is None else short.padded(found[0]))
 
 
 def first_adapted_layer(decoder: nn.Module, specs: Sequence[TargetSpec]) -> int | None:

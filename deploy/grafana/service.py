@@ -134,7 +134,7 @@ def _queue() -> tuple[Any, ...]:
 
 def _batches() -> tuple[Any, ...]:
     rows = Heading("Rows of a batch", "Many: the engine is well used.", "short")
-    tokens = Heading("Tokens of a batch", "Padded, times samples.", "short")
+    tokens = Heading("Tokens of a batch", "Times samples, with the padding there is.", "short")
     padding = Heading("Padding", "Share of a batch that is computed for nothing.", "percentunit")
     released = Heading(
         "Why batches were released", "full: the queue was deep enough; timeout: it waited.", "cps"

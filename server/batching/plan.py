@@ -1,7 +1,7 @@
 """Which waiting rows run next, and when: pure functions over the queue.
 
-The cost of a batch is what the model pays: its longest row times its number of rows times the
-work of their samples, padding included. Rows are taken in the order of their virtual time: when
+The cost of a batch is what the model pays: its tokens, padding included where there is any, times
+the work of their samples. Rows are taken in the order of their virtual time: when
 they came, and for priority ``batch`` a fixed delay later. The first of them is always in the next
 batch, and no row that comes after that time is ever before it, so nothing starves.
 """
@@ -18,7 +18,7 @@ __all__ = [
     "Release",
     "ReleaseReason",
     "next_batch",
-    "padded_tokens",
+    "pass_tokens",
     "plan_batch",
     "release",
 ]
@@ -32,10 +32,11 @@ class BatchLimits:
 
     Attributes:
         max_rows: Rows, at least 1.
-        max_tokens: Padded tokens times passes, of which those that the samples of a row share count
-            once. A single row may exceed it, and then runs alone.
+        max_tokens: Tokens of a pass times passes, of which those that the samples of a row share
+            count once. A single row may exceed it, and then runs alone.
         max_padding: Largest share of padding a row may cause by joining, in [0, 1]; a row of very
-            different length waits for a later batch instead.
+            different length waits for a later batch instead. Rows that share passes without padding
+            cause none.
         wait_s: How long the oldest row waits for company while the engine is idle, in seconds.
         mix_adapters: Whether rows of different adapters or seeds may share a batch when they take
             equally many passes; otherwise all keys of a batch are equal.
@@ -184,9 +185,13 @@ def release(
     return Release(None, until_s - now_s)
 
 
-def padded_tokens(rows: Sequence[Pending]) -> int:
-    """Return the longest row times the number of rows: tokens of one pass, padding included."""
-    return max(row.num_tokens for row in rows) * len(rows)
+def pass_tokens(rows: Sequence[Pending]) -> int:
+    """Return the tokens of one pass.
+
+    Those of the rows where all of them go without padding, else the longest row times their number.
+    """
+    lengths = [row.num_tokens for row in rows]
+    return sum(lengths) if all(row.key.unpadded for row in rows) else max(lengths) * len(rows)
 
 
 def _is_cancelled(pending: Pending) -> bool:
@@ -200,8 +205,8 @@ def _matches(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool
     if not _alike(rows[0], pending, limits):
         return False
     joined = [*rows, pending]
-    padding = padded_tokens(joined) - sum(row.num_tokens for row in joined)
-    return padding <= limits.max_padding * padded_tokens(joined)
+    padding = pass_tokens(joined) - sum(row.num_tokens for row in joined)
+    return padding <= limits.max_padding * pass_tokens(joined)
 
 
 def _alike(leader: Pending, pending: Pending, limits: BatchLimits) -> bool:
@@ -215,12 +220,14 @@ def _fits(rows: list[Pending], pending: Pending, limits: BatchLimits) -> bool:
     if not rows:
         return True
     joined = [*rows, pending]
-    cost = padded_tokens(joined) * max(row.work for row in joined)
+    cost = pass_tokens(joined) * max(row.work for row in joined)
     return len(rows) < limits.max_rows and cost <= limits.max_tokens
 
 
 def _is_full(rows: list[Pending], limits: BatchLimits) -> bool:
     """Whether not even a row of one token could join."""
-    longest = max(row.num_tokens for row in rows)
-    cost = longest * (len(rows) + 1) * max(row.work for row in rows)
+    lengths = [row.num_tokens for row in rows]
+    unpadded = all(row.key.unpadded for row in rows)
+    tokens = sum(lengths) + 1 if unpadded else max(lengths) * (len(rows) + 1)
+    cost = tokens * max(row.work for row in rows)
     return len(rows) >= limits.max_rows or cost > limits.max_tokens

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-from server.batching.plan import ReleaseReason, padded_tokens
+from server.batching.plan import ReleaseReason, pass_tokens
 from server.batching.ticket import Pending
 from server.ports import BatchScores
 
@@ -23,7 +23,7 @@ class BatchStats:
     Attributes:
         num_rows: Its rows.
         num_tokens: Their tokens, without padding, of one pass.
-        padded_tokens: Tokens of one pass with padding.
+        pass_tokens: Tokens of one pass, with the padding there is.
         cost_tokens: Padded tokens times passes: what the engine computed.
         reserved_tokens: What admission had counted for these rows: the measure of its speed.
         reason: Why it was released.
@@ -35,7 +35,7 @@ class BatchStats:
 
     num_rows: int
     num_tokens: int
-    padded_tokens: int
+    pass_tokens: int
     cost_tokens: int
     reserved_tokens: int
     reason: ReleaseReason
@@ -54,12 +54,12 @@ class BatchStats:
         scores: BatchScores,
     ) -> Self:
         """Return what there is to tell about these rows and their scores."""
-        padded = padded_tokens(rows)
+        tokens = pass_tokens(rows)
         return cls(
             num_rows=len(rows),
             num_tokens=sum(pending.num_tokens for pending in rows),
-            padded_tokens=padded,
-            cost_tokens=padded * rows[0].passes,
+            pass_tokens=tokens,
+            cost_tokens=tokens * rows[0].passes,
             reserved_tokens=sum(pending.ticket.row_cost for pending in rows),
             reason=reason,
             waited_s=waited_s,

@@ -14,7 +14,7 @@ from dalorra_core.artifact.calibration_record import Limit as StoredLimit
 from dalorra_core.artifact.calibration_record import Policy as StoredPolicy
 from dalorra_core.artifact.store import Artifact
 from dalorra_core.calibration.validity import measured_with, void_reason
-from dalorra_core.predictive.plan import LINEARISED_DRAWS
+from dalorra_core.predictive.plan import LINEARISED_DRAWS, SamplingPlan
 from dalorra_core.predictive.predictor import Predictor
 from server.ports import (
     AbstainGuarantee,
@@ -61,6 +61,7 @@ class Answering:
         sampled: See ``AdapterCard``.
         fixed_sampling: None where a request may ask for another.
         shared_depth: 0 where nothing is known to be shared.
+        unpadded: See ``AdapterCard``.
     """
 
     sampling: Sampling
@@ -77,18 +78,14 @@ class Answering:
     sampled: Sampling | None = None
     fixed_sampling: str | None = None
     shared_depth: float = 0.0
+    unpadded: bool = False
 
 
 def answering_of(predictor: Predictor) -> Answering:
     """Return how a predictor in this process answers."""
     plan, point = predictor.default_plan, predictor.point_method
     return Answering(
-        sampling=Sampling(
-            num_samples=predictor.num_functions(plan),
-            seed=plan.seed,
-            estimator=plan.estimator,
-            design="iid" if plan.estimator == "linearised" else plan.design,
-        ),
+        sampling=_sampling(predictor, plan),
         here=measured_with(predictor, plan),
         point_method=point,
         mask_set=None if point else predictor.mask_set(plan),
@@ -101,9 +98,14 @@ def answering_of(predictor: Predictor) -> Answering:
         linearised_draws=LINEARISED_DRAWS if "linearised" in predictor.estimators else None,
         sampled=None
         if plan.estimator == "monte_carlo"
-        else Sampling(plan.num_samples, plan.seed, "monte_carlo", plan.design),
+        else _sampling(predictor, predictor.sampled_plan),
         shared_depth=predictor.shared_depth,
+        unpadded=predictor.unpadded,
     )
+
+
+def _sampling(predictor: Predictor, plan: SamplingPlan) -> Sampling:
+    return Sampling(predictor.num_functions(plan), plan.seed, plan.estimator, plan.design)
 
 
 def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> AdapterCard:
@@ -148,6 +150,7 @@ def adapter_card(artifact: Artifact, how: Answering, selftest_error: float) -> A
         sampled=how.sampled,
         fixed_sampling=how.fixed_sampling,
         shared_depth=how.shared_depth,
+        unpadded=how.unpadded,
         calibration=None
         if calibration is None
         else calibration_card(calibration, here, point_method=point),

@@ -175,6 +175,7 @@ class AdapterCard:
         fixed_sampling: Why no other sampling than ``defaults`` can be asked for; None when it can.
         shared_depth: Share of a pass that the samples of one answer have in common and that is
             computed once for all of them, in [0, 1).
+        unpadded: Whether its rows of unlike length can share a pass without padding.
     """
 
     name: str
@@ -209,10 +210,12 @@ class AdapterCard:
     sampled: Sampling | None = None
     fixed_sampling: str | None = None
     shared_depth: float = 0.0
+    unpadded: bool = False
 
     def batch_key(self, sampling: Sampling) -> BatchKey:
         """Return how the rows that it answers under ``sampling`` are known to a batch."""
-        return BatchKey(self.key, sampling, self.shared_depth)
+        unpadded = self.unpadded and sampling.estimator != "linearised"  # its gradients need it
+        return BatchKey(self.key, sampling, self.shared_depth, unpadded)
 
     @property
     def key(self) -> str:

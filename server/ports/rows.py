@@ -106,11 +106,13 @@ class BatchKey:
         adapter: ``AdapterCard.key`` of a loaded adapter.
         sampling: What fixes the posterior samples.
         shared_depth: ``AdapterCard.shared_depth``.
+        unpadded: Whether such rows share a pass without padding.
     """
 
     adapter: str
     sampling: Sampling
     shared_depth: float = 0.0
+    unpadded: bool = False
 
     @property
     def work(self) -> float:

@@ -39,7 +39,9 @@ class WorkMetrics:
         )
         self._batch_rows = families.histogram("batch_rows", "Rows per batch.", ROWS)
         self._batch_tokens = families.histogram(
-            "batch_tokens", "Padded tokens times samples per batch.", BATCH_TOKENS
+            "batch_tokens",
+            "Tokens times samples per batch, with the padding there is.",
+            BATCH_TOKENS,
         )
         self._padding = families.histogram(
             "batch_padding_ratio", "Share of padding in a batch.", PADDING
@@ -68,7 +70,7 @@ class WorkMetrics:
         """Note one finished batch; called from the engine thread."""
         self._batch_rows.observe(stats.num_rows)
         self._batch_tokens.observe(stats.cost_tokens)
-        self._padding.observe(1 - stats.num_tokens / stats.padded_tokens)
+        self._padding.observe(1 - stats.num_tokens / stats.pass_tokens)
         self._released[stats.reason].inc()
         for waited_s in stats.waited_s:
             self.stage("queue", waited_s)

@@ -409,7 +409,7 @@ def planned(
     """Return an adapter with a plan of samples: as if it had too many labels for another."""
     adapter = shutil.copytree(calibrated[0], tmp_path_factory.mktemp("planned") / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dalorra_core.predictive.predictor.MOST_LINEARISED_LABELS", 1)
+        patch.setattr("dalorra_core.predictive.linearised.MOST_LINEARISED_LABELS", 1)
         return adapter, with_a_plan(adapter, task, data)
 
 

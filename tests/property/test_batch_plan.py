@@ -10,12 +10,12 @@ from server.batching import BatchLimits, Pending, Ticket, plan_batch
 from server.ports import BatchKey, EncodedRow, Priority, Sampling
 
 NOW_S = 10.0
-SHARED_DEPTHS = {"a": 0.0, "b": 0.75}
+SHARED_DEPTHS = {"a": 0.0, "b": 0.75, "c": 0.5}
 
 
 def make_row(values: tuple[str, int, int, float, bool, Priority, float]) -> Pending:
     adapter, samples, tokens, deadline_s, cancelled, priority, queued_s = values
-    key = BatchKey(adapter, Sampling(num_samples=samples), SHARED_DEPTHS[adapter])
+    key = BatchKey(adapter, Sampling(num_samples=samples), SHARED_DEPTHS[adapter], adapter == "c")
     encoded = (EncodedRow(tokens, False, None),)
     ticket = Ticket(key, encoded, deadline_s=deadline_s, priority=priority)
     if cancelled:
@@ -24,7 +24,7 @@ def make_row(values: tuple[str, int, int, float, bool, Priority, float]) -> Pend
 
 
 rows = st.tuples(
-    st.sampled_from("ab"),
+    st.sampled_from("abc"),
     st.integers(1, 3),
     st.integers(1, 60),
     st.sampled_from([5.0, 50.0, 60.0]),
@@ -72,7 +72,9 @@ def test_a_batch_keeps_its_bounds_and_runs_alike(queue: list[Pending], bounds: B
     plan = plan_batch(queue, bounds, now_s=NOW_S, is_cancelled=is_cancelled)
     if not plan.rows:
         return
-    cost = max(p.num_tokens for p in plan.rows) * len(plan.rows)
+    lengths = [p.num_tokens for p in plan.rows]
+    unpadded = {p.key.adapter for p in plan.rows} == {"c"}
+    cost = sum(lengths) if unpadded else max(lengths) * len(lengths)
     depths = [SHARED_DEPTHS[p.key.adapter] for p in plan.rows]
     cost *= max(1 + (p.passes - 1) * (1 - d) for p, d in zip(plan.rows, depths, strict=True))
     assert len({pending.passes for pending in plan.rows}) == 1

@@ -59,6 +59,7 @@ __all__ = [
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3")
 VOCABULARY = 480
 LABEL_TOKENS = (301, 17, 455, 92, 260, 33)
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -200,6 +200,8 @@ def test_a_batch_is_cut_into_passes_as_the_core_cuts_it() -> None:
     assert Linear.counts([5, 3], 4, 40) == (1, 40)
     assert Linear.counts([10], 4, 25) == (2, 40)  # two samples a pass
     assert Linear(0.5, 0.01, 20)([3, 5], 4) == pytest.approx(1.0 + 0.32)
+    assert Linear.counts([5, 3], 4, 40, unpadded=True) == (1, 32)
+    assert Linear(0.5, 0.01, 40, unpadded=True)([3, 5], 4) == pytest.approx(0.5 + 0.32)
 
 
 def test_the_fit_finds_what_the_times_were_made_of() -> None:
@@ -226,6 +228,7 @@ def test_a_request_alone_is_cut_as_the_policy_cuts_it() -> None:
     assert cut([5, 1, 4], 1, BatchLimits(max_rows=2, max_padding=1.0)) == [[1, 4], [5]]
     assert cut([5, 1, 4], 1, BatchLimits(max_rows=9, max_padding=0.2)) == [[1], [4, 5]]
     assert cut([5, 4], 3, BatchLimits(max_tokens=15)) == [[4], [5]]
+    assert sorted(*cut([5, 1, 4], 1, BatchLimits(max_padding=0.0), unpadded=True)) == [1, 4, 5]
 
 
 # -- what replicas carry ------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dalorra_core.adapters.binding import Binding
+from dalorra_core.adapters.binding import Binding, Share
 from dalorra_core.adapters.pack import ModulePack, SamplePack, fold, unfold
 from dalorra_core.errors import ConfigError
 
@@ -99,10 +99,10 @@ def test_several_packs_are_lent_each_for_its_own_rows() -> None:
     other = SamplePack(2, 3.0, {"b": first.modules["a"]})
     with binding.bind(first, other, last, rows=(3, 1, 2)):
         assert binding.lookup("a") == (
-            (first.modules["a"], 2, 2.0, (slice(0, 3), 6)),
-            (last.modules["a"], 2, 2.0, (slice(4, 6), 6)),
+            (first.modules["a"], 2, 2.0, Share(slice(0, 3), 6)),
+            (last.modules["a"], 2, 2.0, Share(slice(4, 6), 6)),
         )
-        assert binding.lookup("b") == ((first.modules["a"], 2, 3.0, (slice(3, 4), 6)),)
+        assert binding.lookup("b") == ((first.modules["a"], 2, 3.0, Share(slice(3, 4), 6)),)
     assert binding.lookup("a") == ()
 
 

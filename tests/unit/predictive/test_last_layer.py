@@ -13,6 +13,7 @@ from dalorra_core.predictive.last_layer import can_shorten, needs_every_position
 from dalorra_core.predictive.trunk import Trunk
 from tests.support.tiny_models import (
     FAMILIES,
+    LINEAR,
     TinyAdapter,
     assert_near,
     batch_of,
@@ -21,8 +22,6 @@ from tests.support.tiny_models import (
     tiny_adapter,
     tiny_model,
 )
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 class _Doubling:

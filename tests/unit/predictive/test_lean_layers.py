@@ -12,6 +12,7 @@ from dalorra_core.predictive import lean_layers
 from dalorra_core.predictive.lean_layers import make_lean
 from dalorra_core.predictive.trunk import Trunk
 from tests.support.tiny_models import (
+    LINEAR,
     TinyAdapter,
     assert_near,
     batch_of,
@@ -21,7 +22,6 @@ from tests.support.tiny_models import (
     tiny_model,
 )
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 SIZES: dict[str, Any] = {
     "vocab_size": 480,
     "hidden_size": 32,

@@ -20,7 +20,7 @@ from dalorra_core.predictive.linearised import (
     controlled,
     flat_gates,
     gate_covariance,
-    random_gates,
+    gates_to_linearise,
 )
 from tests.support.reference import every_mask, mask_probability
 from tests.support.tiny_models import (
@@ -82,7 +82,7 @@ def test_gates_that_are_always_on_or_off_take_no_derivative_and_change_no_covari
     keep[:3] = torch.tensor([1.0, 0.0])  # of the lower layers
     pack = gated_pack(tiny.state, keep[None])
     every = independent_gates(DalorraConfig(), pack)
-    some = random_gates(every)
+    some = gates_to_linearise(DalorraConfig(), pack, num_labels=5)
     assert list(some) == list(every)[3:]
     whole = LinearisedGates.of(tiny.model, pack, ROWS, keep=every, max_padded_tokens=1000)
     ((places, gradients),) = label_gradients_of_rows(

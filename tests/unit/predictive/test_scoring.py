@@ -106,7 +106,8 @@ def test_several_passes_give_what_one_gives(family: str, first: int) -> None:
     (whole,) = score_together([group], max_padded_tokens=10_000, label_mass=True)
     for limit in (1, 9, 24):
         (found,) = score_together([group], max_padded_tokens=limit, label_mass=True)
-        assert_near(found.log_probs, whole.log_probs)
+        # Each may be 1e-5 from the truth, and rows with and without padding round differently.
+        torch.testing.assert_close(found.log_probs, whole.log_probs, rtol=2e-5, atol=2e-5)
         assert found.label_mass is not None
         assert whole.label_mass is not None
         assert_near(found.label_mass, whole.label_mass)
@@ -180,7 +181,9 @@ def shared_below(tiny: TinyAdapter, layer: int | None, samples: int = 5) -> Samp
 
 @contextmanager
 def rows_of_layers(tiny: TinyAdapter) -> Iterator[dict[int, list[int]]]:
-    """Note how many rows each decoder layer but the last gets, run by run."""
+    """Note how many rows each decoder layer but the last gets, run by run, padded as they are."""
+    before = tiny.model.trunk.unpads
+    tiny.model.trunk.__dict__["unpads"] = False  # without padding rows cannot be told apart
     seen: dict[int, list[int]] = {}
     layers = list(tiny.model.decoder.get_submodule("layers").children())
 
@@ -192,6 +195,7 @@ def rows_of_layers(tiny: TinyAdapter) -> Iterator[dict[int, list[int]]]:
         for number, layer in enumerate(layers[:-1])
     ]
     yield seen
+    tiny.model.trunk.__dict__["unpads"] = before
     for hook in hooks:
         hook.remove()
 

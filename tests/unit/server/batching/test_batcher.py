@@ -424,7 +424,7 @@ def test_batches_are_reported(bench: Bench) -> None:
     labels(bench.submit("four", "sixsix"))
     labels(bench.submit("x"))  # the second answer comes after the first report
     stats = bench.stats[0]
-    assert (stats.num_rows, stats.num_tokens, stats.padded_tokens) == (2, 10, 12)
+    assert (stats.num_rows, stats.num_tokens, stats.pass_tokens) == (2, 10, 12)
     assert stats.cost_tokens == 24
     assert stats.reserved_tokens == 24
     assert stats.reason == "timeout"

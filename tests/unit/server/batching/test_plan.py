@@ -28,6 +28,11 @@ def row_of_two_passes() -> Pending:
     return Pending(ticket, 0, 0.0)
 
 
+def row_without_padding(tokens: int) -> Pending:
+    key = BatchKey("a", Sampling(1), unpadded=True)
+    return Pending(Ticket(key, row(tokens).ticket.rows, deadline_s=100.0), 0, 0.0)
+
+
 def patient_row(tokens: int, *, queued_s: float) -> Pending:
     key = BatchKey("a", Sampling(num_samples=1))
     rows = (EncodedRow(tokens, False, None),)
@@ -51,6 +56,19 @@ def test_the_row_limit_ends_the_batch() -> None:
     rows = [row(5) for _ in range(6)]
     result = plan(*rows)
     assert (result.rows, result.remaining, result.full) == (tuple(rows[:4]), tuple(rows[4:]), True)
+
+
+def test_rows_without_padding_join_whatever_their_lengths() -> None:
+    rows = [row_without_padding(n) for n in (2, 60, 3, 34, 1)]
+    result = plan(*rows)
+    assert (result.rows, result.remaining, result.full) == (tuple(rows[:4]), tuple(rows[4:]), True)
+    assert plan(*rows, limits=replace(LIMITS, max_tokens=98)).rows == tuple(rows[:3])
+    assert plan(*rows, limits=replace(LIMITS, max_tokens=99)).rows == tuple(rows[:4])
+    padded = row(60)
+    mixed = plan(*rows[:2], padded, limits=replace(LIMITS, mix_adapters=True, max_tokens=1000))
+    assert mixed.remaining == ()
+    short = replace(LIMITS, mix_adapters=True, max_tokens=1000, max_padding=0.1)
+    assert plan(*rows[:2], padded, limits=short).remaining == (padded,)
 
 
 def test_padding_counts_against_the_budget() -> None:

@@ -1,0 +1,126 @@
+"""Does a sampling plan keep what mutual information is for: telling unknown questions apart?
+
+Area under the ROC curve of out-of-scope against in-scope rows, by mutual information and by
+predictive entropy, under the adapter's own plan, ten independent samples and a reference of many;
+the reference again with other samples, which shows its own noise. Differences to the reference
+are paired over rows, with 95 % percentile intervals of a bootstrap within each side.
+
+    python -m benchmarks.detection adapters/clinc150-fast --texts data/clinc150/test.jsonl
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.hardware import describe_run
+from benchmarks.output import publish
+from dalorra_core.data.collate import EncodedExample
+from dalorra_core.data.examples import Example, gold_label
+from dalorra_core.data.readers import read_jsonl
+from dalorra_core.metrics import BootstrapInterval, auroc, summarise
+from dalorra_core.predictive.predictor import Predictor, SamplingPlan
+
+REFERENCE = "reference"
+SCORES = ("mutual_information", "predictive_entropy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--texts", type=Path, required=True, help="JSONL file of labelled rows")
+    parser.add_argument("--base", help="base model; default: the adapter's")
+    parser.add_argument("--rows", type=int, default=600, help="in-scope rows, evenly spaced")
+    parser.add_argument("--outside", type=int, default=400, help="out-of-scope rows, likewise")
+    parser.add_argument("--reference", type=int, default=256, help="samples of the reference")
+    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    publish(measured(options), options.output)
+    return 0
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the areas under every plan and their differences to the reference."""
+    predictor = Predictor.load(
+        options.adapter, base=options.base, device=options.device, dtype=options.dtype
+    )
+    label = predictor.manifest.labels.out_of_scope_label
+    examples = read_jsonl(options.texts)
+    sides = [
+        _encoded(predictor, [e for e in examples if gold_label(e) != label], options.rows),
+        _encoded(predictor, [e for e in examples if gold_label(e) == label], options.outside),
+    ]
+    plans = {
+        "plan": predictor.default_plan,
+        "iid 10": SamplingPlan(10, 1),
+        "again": SamplingPlan(options.reference, 2),
+        REFERENCE: SamplingPlan(options.reference, 3),
+    }
+    scores = {name: _scores(predictor, sides, plan, name) for name, plan in plans.items()}
+    return describe_run(predictor) | {
+        "rows": len(sides[0]),
+        "outside": len(sides[1]),
+        "reference": options.reference,
+        "plan": vars(predictor.default_plan),
+        "auroc": {
+            name: {score: auroc(outside, inside) for score, (inside, outside) in found.items()}
+            for name, found in scores.items()
+        },
+        "less_the_reference": {
+            name: {
+                score: _difference(found[score], scores[REFERENCE][score], options.resamples)
+                for score in SCORES
+            }
+            for name, found in scores.items()
+            if name != REFERENCE
+        },
+    }
+
+
+def _encoded(predictor: Predictor, examples: Sequence[Example], limit: int) -> list[EncodedExample]:
+    limit = min(limit, len(examples))
+    return [predictor.encode(examples[i * len(examples) // limit], "end") for i in range(limit)]
+
+
+def _scores(
+    predictor: Predictor, sides: Sequence[Sequence[EncodedExample]], plan: SamplingPlan, name: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each score of the in-scope and of the out-of-scope rows; higher is less familiar."""
+    sys.stderr.write(f"{name}: {plan.num_samples} samples of {sum(map(len, sides))} rows\n")
+    found = [summarise(predictor.predict(rows, plan, label_mass=False).log_probs) for rows in sides]
+    return {score: (getattr(found[0], score), getattr(found[1], score)) for score in SCORES}
+
+
+def _difference(
+    ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], resamples: int
+) -> dict[str, Any]:
+    """Return area less the reference's, with an interval over rows drawn anew on either side."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [len(side) for side in ours]
+
+    def gap(places: Sequence[Tensor]) -> float:
+        areas = [auroc(s[1][places[1]], s[0][places[0]]) for s in (ours, reference)]
+        return areas[0] - areas[1]
+
+    values = torch.tensor(
+        [
+            gap([torch.randint(n, (n,), generator=generator) for n in sizes])
+            for _ in range(resamples)
+        ],
+        dtype=torch.float64,
+    )
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    interval = BootstrapInterval(low, high, 0.95)
+    return {"value": gap([torch.arange(n) for n in sizes]), **vars(interval)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
