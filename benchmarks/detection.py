@@ -1,9 +1,9 @@
 """Does a sampling plan keep what mutual information is for: telling unknown questions apart?
 
 Area under the ROC curve of out-of-scope against in-scope rows, by mutual information and by
-predictive entropy, under the adapter's own plan, ten independent samples and a reference of many;
-the reference again with other samples, which shows its own noise. Differences to the reference
-are paired over rows, with 95 % percentile intervals of a bootstrap within each side.
+predictive entropy, under the adapter's own plan, ten independent samples and a reference of many.
+Each half of the reference stands beside the whole, which shows its own noise. Differences to the
+reference are paired over rows, with 95 % percentile intervals of a bootstrap within each side.
 
     python -m benchmarks.detection adapters/clinc150-fast --texts data/clinc150/test.jsonl
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.hardware import describe_run
 from benchmarks.output import publish
+from dalorra_core.cli.console import row_progress
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import Example, gold_label
 from dalorra_core.data.readers import read_jsonl
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", help="base model; default: the adapter's")
     parser.add_argument("--rows", type=int, default=600, help="in-scope rows, evenly spaced")
     parser.add_argument("--outside", type=int, default=400, help="out-of-scope rows, likewise")
-    parser.add_argument("--reference", type=int, default=256, help="samples of the reference")
+    parser.add_argument("--reference", type=int, default=256, help="samples of the reference, even")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -61,10 +62,13 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     plans = {
         "plan": predictor.default_plan,
         "iid 10": SamplingPlan(10, 1),
-        "again": SamplingPlan(options.reference, 2),
-        REFERENCE: SamplingPlan(options.reference, 3),
+        "half": SamplingPlan(options.reference // 2, 2),
+        "other half": SamplingPlan(options.reference // 2, 3),
     }
-    scores = {name: _scores(predictor, sides, plan, name) for name, plan in plans.items()}
+    answers = {name: _answers(predictor, sides, plan, name) for name, plan in plans.items()}
+    halves = zip(answers["half"], answers["other half"], strict=True)
+    answers[REFERENCE] = [torch.cat(both) for both in halves]
+    scores = {name: _scores(found) for name, found in answers.items()}
     return describe_run(predictor) | {
         "rows": len(sides[0]),
         "outside": len(sides[1]),
@@ -90,12 +94,20 @@ def _encoded(predictor: Predictor, examples: Sequence[Example], limit: int) -> l
     return [predictor.encode(examples[i * len(examples) // limit], "end") for i in range(limit)]
 
 
-def _scores(
+def _answers(
     predictor: Predictor, sides: Sequence[Sequence[EncodedExample]], plan: SamplingPlan, name: str
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> list[Tensor]:
+    """Return the log-probabilities (M, n, C) of each side's rows."""
+    with row_progress(f"{name}, {plan.num_samples} samples", sum(map(len, sides))) as advance:
+        return [
+            predictor.predict(rows, plan, label_mass=False, on_progress=advance).log_probs
+            for rows in sides
+        ]
+
+
+def _scores(answers: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return each score of the in-scope and of the out-of-scope rows; higher is less familiar."""
-    sys.stderr.write(f"{name}: {plan.num_samples} samples of {sum(map(len, sides))} rows\n")
-    found = [summarise(predictor.predict(rows, plan, label_mass=False).log_probs) for rows in sides]
+    found = [summarise(log_probs) for log_probs in answers]
     return {score: (getattr(found[0], score), getattr(found[1], score)) for score in SCORES}
 
 

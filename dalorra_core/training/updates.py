@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import get_linear_schedule_with_warmup
 
 from dalorra_core.config import OptimConfig
 from dalorra_core.methods.method import ParamGroup
@@ -58,6 +57,9 @@ class Updater:
 
     def prepare(self, done: int) -> None:
         """Start the schedules after ``done`` steps."""
+        # importing it takes seconds where PEFT is installed: each command would wait for them
+        from transformers import get_linear_schedule_with_warmup  # noqa: PLC0415
+
         warmup = int(self._optim.warmup_ratio * self._optim.steps)
         optimizers = [o for o in (self.adamw, self._sgd) if o is not None]
         self._schedules = [

@@ -45,7 +45,7 @@ def test_areas_of_the_plan_stand_beside_the_references(
     assert found["auroc"]["plan"]["mutual_information"] == pytest.approx(area, abs=1e-6)
 
     gaps = found["less_the_reference"]
-    assert set(gaps) == {"plan", "iid 10", "again"}
+    assert set(gaps) == {"plan", "iid 10", "half", "other half"}
     for name, of in gaps.items():
         for score, gap in of.items():
             areas = [found["auroc"][which][score] for which in (name, "reference")]

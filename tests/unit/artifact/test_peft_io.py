@@ -18,6 +18,7 @@ from dalorra_core.artifact.peft_io import (
     PEFT_CONFIG_FILE,
     PEFT_TENSOR_FILE,
     copied_weights,
+    peft_sha256,
     read_peft,
     write_peft,
 )
@@ -256,6 +257,15 @@ def test_a_copy_of_a_base_weight_is_kept_apart(adapter: Path) -> None:
     (found,) = copied_weights(adapter).items()
     assert found[0] == "lm_head"
     assert torch.equal(found[1], copy)
+
+
+def test_a_directory_is_known_by_its_tensors_and_its_config(adapter: Path) -> None:
+    before = peft_sha256(adapter)
+    assert before == peft_sha256(adapter)
+    with_tensors(adapter, lambda tensors: next(iter(tensors.values())).add_(1.0))
+    other = peft_sha256(adapter)
+    configured(adapter, lora_alpha=3)
+    assert len({before, other, peft_sha256(adapter)}) == 3
 
 
 def test_the_base_that_a_config_names_is_never_looked_for(adapter: Path, tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
 """What is drawn for a sampling plan: which rows, which samples, and from whom nothing."""
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
-from dalorra_core.artifact.calibration_record import PlanEvidence
-from dalorra_core.artifact.manifest import with_plan
 from dalorra_core.calibration.plan_measurement import (
     check_plannable,
     measure_answers,
@@ -16,11 +13,9 @@ from dalorra_core.calibration.plan_measurement import (
 )
 from dalorra_core.calibration.sampling_plan import SIZES, PlanRequest
 from dalorra_core.calibration.split import part_of
-from dalorra_core.config import Design, PredictiveConfig
 from dalorra_core.errors import ConfigError, DataError
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 from tests.support.tiny_artifacts import save_tiny_adapter
-from tests.support.tiny_manifest import tiny_manifest
 from tests.support.tiny_models import random_rows, save_tiny_base
 
 
@@ -91,41 +86,3 @@ def test_every_option_is_a_set_of_its_own_seed_or_the_beginning_of_one(
     assert not torch.equal(found.linearised.log_probs[0], found.linearised.log_probs[1])
     deterministic = predictor.predict(rows, SamplingPlan(estimator="mean_mask"))
     torch.testing.assert_close(found.mean_mask, deterministic.log_probs)
-
-
-def plan_of(
-    design: Design,
-    num_samples: int,
-    estimator: Literal["monte_carlo", "linearised"] = "monte_carlo",
-) -> PlanEvidence:
-    return PlanEvidence(
-        date="2026-01-01T00:00:00+00:00",
-        dalorra="0",
-        estimator=estimator,
-        design=design,
-        num_samples=num_samples,
-        digest="",
-        n=8,
-        n_out_of_scope=0,
-        reference=64,
-        packs=8,
-        level=0.95,
-        peer_num_samples=10,
-        reference_auroc=None,
-        dtype="float32",
-        candidates=(),
-    )
-
-
-def test_probes_stay_those_of_the_predictive_they_were_stored_under() -> None:
-    manifest = tiny_manifest(predictive=PredictiveConfig(num_samples=3, seed=5))
-    planned = with_plan(manifest, plan_of("stratified", 4))
-    assert planned.predictive == PredictiveConfig(num_samples=4, seed=5, design="stratified")
-    assert planned.golden_predictive == manifest.predictive
-    twice = with_plan(planned, plan_of("iid", 10))
-    assert twice.golden_predictive == manifest.predictive
-    assert with_plan(twice, plan_of("iid", 3)) == manifest
-    draws = with_plan(planned, plan_of("iid", 256, "linearised"))
-    assert draws.predictive == planned.predictive.model_copy(update={"estimator": "linearised"})
-    assert draws.golden_predictive == manifest.predictive
-    assert with_plan(draws, plan_of("stratified", 4)) == planned

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.distributions import RelaxedBernoulli
 
-from dalorra_core.methods.dalorra import hard_gates, relaxed_gates
+from dalorra_core.methods import METHODS
+from dalorra_core.methods.dalorra import DalorraConfig, gates_of, hard_gates, relaxed_gates
 from dalorra_core.sampling.designs import iid_uniforms
+from tests.support.tiny_models import tiny_adapter
 
 
 def phi_of(rows: int = 2, r: int = 3) -> torch.Tensor:
@@ -100,3 +102,17 @@ def test_saturated_gates_are_certain() -> None:
     assert phi.grad is not None
     assert phi.grad.isfinite().all()
     assert torch.equal(relaxed[0], torch.tensor([[1.0, 0.0]]))
+
+
+def test_the_mean_of_the_gates_is_the_keep_probability() -> None:
+    phi, v = phi_of(), iid_uniforms(("t",), 4, 2, 3)
+    assert torch.equal(gates_of(phi, None, "hard", 0.3), phi.sigmoid())
+    assert torch.equal(gates_of(phi, v, "mean", 0.3), phi.sigmoid())
+
+
+def test_shapes_are_those_of_what_a_run_begins_with() -> None:
+    specs, config = tiny_adapter().state.specs, DalorraConfig()
+    begun = METHODS["dalorra"].init(specs, 3, 0, config)
+    assert METHODS["dalorra"].shapes(specs, 3, config) == {
+        n: tuple(t.shape) for n, t in begun.items()
+    }

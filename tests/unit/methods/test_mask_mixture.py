@@ -19,7 +19,7 @@ from dalorra_core.methods.mask_mixture import (
     log_prob,
 )
 from dalorra_core.methods.method import Draw
-from dalorra_core.sampling.designs import iid_uniforms, spread_uniforms
+from dalorra_core.sampling.designs import iid_uniforms
 from tests.support.reference import every_mask, mask_probability
 from tests.support.tiny_models import point_of
 
@@ -279,20 +279,6 @@ def test_predicted_gates_have_the_mixtures_moments() -> None:
                 assert abs(found - exact) < 5 * math.sqrt(exact * (1 - exact) / n)
     mean = gates_of(MIXTURE.mean_pack(state, config))[0].flatten().double()
     torch.testing.assert_close(mean, (q[:, None] * z).sum(0), rtol=1e-5, atol=1e-6)
-
-
-def test_spread_uniforms_are_uniform_one_by_one_and_even_together() -> None:
-    n = 1000
-    first = torch.stack([spread_uniforms(("u", i), 6, 3) for i in range(n)])  # (n, 6)
-    for m in range(6):
-        assert abs(first[:, m].mean().item() - 0.5) < 5 / math.sqrt(12 * n)
-        assert abs(first[:, m].var().item() - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
-    assert first.min() >= 0
-    assert first.max() < 1
-    for block in (first[:, :3], first[:, 3:]):
-        assert torch.equal((3 * block).long().sort(1).values, torch.arange(3).expand(n, 3))
-    assert torch.equal(spread_uniforms(("u", 0), 3, 3), first[0, :3])
-    assert len(set(spread_uniforms(("one",), 5, 1).tolist())) == 5
 
 
 def test_its_own_parameters_have_their_own_rate_and_no_decay() -> None:

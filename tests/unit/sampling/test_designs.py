@@ -18,6 +18,7 @@ from dalorra_core.sampling.designs import (
     iid_uniforms,
     sample_normals,
     sample_uniforms,
+    spread_uniforms,
 )
 from dalorra_core.sampling.streams import LARGEST, uniforms
 
@@ -184,3 +185,17 @@ def test_a_stratified_sample_is_made_of_its_own_stream() -> None:
         order = sorted(range(4), key=lambda m: streams[m][j])
         expected = [(order[m] + streams[m][5 + j]) / 4 for m in range(4)]
         assert v[:, j].tolist() == expected
+
+
+def test_spread_uniforms_are_uniform_one_by_one_and_even_together() -> None:
+    n = 1000
+    first = torch.stack([spread_uniforms(("u", i), 6, 3) for i in range(n)])  # (n, 6)
+    for m in range(6):
+        assert abs(first[:, m].mean().item() - 0.5) < 5 / math.sqrt(12 * n)
+        assert abs(first[:, m].var().item() - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
+    assert first.min() >= 0
+    assert first.max() < 1
+    for block in (first[:, :3], first[:, 3:]):
+        assert torch.equal((3 * block).long().sort(1).values, torch.arange(3).expand(n, 3))
+    assert torch.equal(spread_uniforms(("u", 0), 3, 3), first[0, :3])
+    assert len(set(spread_uniforms(("one",), 5, 1).tolist())) == 5
