@@ -92,7 +92,7 @@ class LocalEngine:
 
     @property
     def worthwhile_padding(self) -> float:
-        """What padding may cost on this device.
+        """What padding may cost on this device, for rows that need it.
 
         A CPU pays for every token, whatever the batch: 8 % more rows a second at 0.1 than at 0.5
         (docs/results.md). A GPU has room to spare in small batches.

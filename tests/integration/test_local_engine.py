@@ -15,10 +15,11 @@ from dalorra_core.training.run import run_training
 from dalorra_core.training.settings import load_config
 from server.app import create_app
 from server.engines.local import LocalEngine
-from server.ports import EngineStoppedError, RowRejectedError, TextQuestion
+from server.ports import EngineStoppedError, RowRejectedError, Sampling, TextQuestion
 from server.settings import Settings
 from tests.integration.test_api_bad_input import check_problem
 from tests.support.api import async_test
+from tests.support.tiny_artifacts import save_tiny_adapter
 from tests.support.tiny_models import save_tiny_base, write_jsonl
 
 TEXTS = ["transfer to my account", "book a flight", "set an alarm to five", "book a hotel"]
@@ -205,6 +206,20 @@ def test_the_card_names_the_base_without_its_path(text_adapter: Path) -> None:
     engine.close()
     with pytest.raises(EngineStoppedError, match="before load"):
         engine.encode(card.key, TextQuestion("x"), "none")
+
+
+@pytest.mark.parametrize(("method", "unpadded"), [("dalorra", True), ("amortised_prompt", False)])
+def test_rows_go_without_padding_where_the_method_treats_them_alike(
+    text_adapter: Path, tmp_path: Path, method: str, *, unpadded: bool
+) -> None:
+    base = base_of(text_adapter)
+    place = save_tiny_adapter(tmp_path / "a", Path(base), method=method)
+    engine = LocalEngine([place], base=str(base), device="cpu")
+    (card,) = engine.load()
+    assert card.unpadded == unpadded
+    assert card.batch_key(Sampling(3)).unpadded == unpadded
+    assert not card.batch_key(Sampling(256, estimator="linearised")).unpadded
+    engine.close()
 
 
 def test_padding_is_dear_on_a_cpu(text_adapter: Path) -> None:
