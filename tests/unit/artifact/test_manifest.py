@@ -42,13 +42,10 @@ def plan_of(
         peer_num_samples=10,
         reference_auroc=None,
         dtype="float32",
-        candidates=tuple(
-            candidate(name, kind, m)
-            for name, kind, m in (
-                ("monte_carlo", "iid", 10),
-                ("mean_mask", "iid", 1),
-                (estimator, design, num_samples),
-            )
+        candidates=(
+            candidate("monte_carlo", "iid", 10),
+            candidate("mean_mask", "iid", 1),
+            candidate(estimator, design, num_samples),
         ),
     )
 
