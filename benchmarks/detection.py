@@ -23,7 +23,7 @@ from dalorra_core.cli.console import row_progress
 from dalorra_core.data.collate import EncodedExample
 from dalorra_core.data.examples import Example, gold_label
 from dalorra_core.data.readers import read_jsonl
-from dalorra_core.metrics import BootstrapInterval, auroc, summarise
+from dalorra_core.metrics import auroc, summarise
 from dalorra_core.predictive.predictor import Predictor, SamplingPlan
 
 REFERENCE = "reference"
@@ -130,8 +130,7 @@ def _difference(
         dtype=torch.float64,
     )
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    interval = BootstrapInterval(low, high, 0.95)
-    return {"value": gap([torch.arange(n) for n in sizes]), **vars(interval)}
+    return {"value": gap([torch.arange(n) for n in sizes]), "low": low, "high": high, "level": 0.95}
 
 
 if __name__ == "__main__":

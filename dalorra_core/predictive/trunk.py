@@ -143,7 +143,7 @@ class Trunk:
 
     @cached_property
     def unpads(self) -> bool:
-        """Whether rows may go through the layers without padding, on this device to any use.
+        """Whether rows may go through the layers without padding, and it is of use on this device.
 
         Tried when it is first asked, as ``shortens``.
         """
